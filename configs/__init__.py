@@ -1,0 +1,1 @@
+"""Recipes: one YAML file a run, and the typed schema that loads them."""

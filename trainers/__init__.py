@@ -1,0 +1,1 @@
+"""Encoders, methods, the training loop and the evaluations."""
