@@ -1,0 +1,282 @@
+"""The recipe of a run: one YAML file, checked whole before anything expensive starts.
+
+``extends: other.yaml`` merges another recipe underneath; ``a.b=c`` on the command line goes on top. Every key is typed,
+unknown keys are errors, and errors name the key, the value and the nearest valid choice.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
+
+from pipelines.sources import DataConfig, describe
+from pipelines.views import ViewsConfig
+from trainers.encoders import EncoderConfig
+from trainers.engine import EngineConfig
+from trainers.methods import MethodConfig, find_method, method_names
+from trainers.monitors import LogConfig, MonitorConfig
+from trainers.optim import OptimConfig, ScheduleConfig
+from trainers.state import CheckpointConfig
+
+_FREE_TO_CHANGE = ("run", "epochs", "log", "checkpoint")  # in an existing run
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message is for the person who wrote it."""
+
+
+class RunConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    dir: Path | None = None  # None: runs/<recipe's name>-<hash of the resolved recipe>
+
+
+class Recipe(BaseModel):
+    """All settings of a run. ``load_recipe`` puts the chosen method's own config type in ``method``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    seed: int = Field(0, ge=0)
+    epochs: int = Field(100, ge=1)
+    batch_size: int = Field(256, ge=1)  # images a step, of all ranks and micro-batches together
+    data: DataConfig = DataConfig()
+    views: ViewsConfig = ViewsConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    method: SerializeAsAny[MethodConfig]
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    engine: EngineConfig = EngineConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+    run: RunConfig = RunConfig()
+
+    def resolved(self) -> dict[str, Any]:
+        """All settings as plain data; ``None`` (a default that depends on others) is left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def hash(self) -> str:
+        """Eight hex digits of everything but the run folder and the logging."""
+        settings = {key: value for key, value in self.resolved().items() if key not in ("run", "log")}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+    def run_dir(self, stem: str) -> Path:
+        return self.run.dir or Path("runs") / f"{stem}-{self.hash()}"
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge and check a recipe.
+
+    Raises:
+        RecipeError: anything that would make the run fail or silently mean something else.
+    """
+    settings = _merged(_read(path, ()), parse_overrides(overrides))
+    recipe = _validate(settings, str(path))
+    check_combinations(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    return recipe
+
+
+def check_combinations(recipe: Recipe, world_size: int) -> None:
+    """Refuse settings that are fine one by one but not together, or not with this data set or number of ranks."""
+    engine, batch = recipe.engine, recipe.batch_size
+    if engine.zero_stage > 0 and recipe.optim.name == "lars":
+        raise RecipeError(
+            f"engine.zero_stage={engine.zero_stage} with optim.name=lars: ZeRO hands the optimizer flat shards, LARS"
+            " needs whole tensors and would silently be wrong; choose engine.zero_stage=0, or optim.name=sgd or adamw"
+        )
+    parts = world_size * engine.accumulation
+    if batch % parts:
+        lower = batch // parts * parts
+        nearest = f"{lower} or {lower + parts}" if lower else f"{parts}"
+        raise RecipeError(
+            f"batch_size={batch} cannot be divided over {world_size} ranks × engine.accumulation="
+            f"{engine.accumulation}; the nearest that can: {nearest}"
+        )
+    plan = recipe.views.resolve()
+    if len(plan) != recipe.method.views:
+        raise RecipeError(
+            f"views.plan={recipe.views.plan} makes {len(plan)} views, method.name={recipe.method.name} takes"
+            f" {recipe.method.views}"
+        )
+    try:
+        facts = describe(recipe.data)
+        images = facts.counts["pretrain"]
+        if batch > images:
+            raise RecipeError(
+                f"batch_size={batch} is larger than the {images} training images of {facts.source}; at most"
+                f" {images // parts * parts}"
+            )
+        recipe.method.check(images=images, batch_size=batch)
+    except RecipeError:
+        raise
+    except ValueError as error:  # DataError among them
+        raise RecipeError(str(error)) from error
+    total = recipe.epochs * (images // batch)
+    if recipe.schedule.warmup_epochs >= recipe.epochs:
+        raise RecipeError(
+            f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} leaves nothing of epochs={recipe.epochs}"
+            f" ({total} steps); choose fewer than {recipe.epochs}"
+        )
+
+
+def claim_run_dir(run_dir: Path, recipe: Recipe) -> None:
+    """Create the run folder with its ``recipe.yaml``, or make sure that an existing one is the same run.
+
+    Raises:
+        RecipeError: the folder holds a run of another recipe; the message lists the differences.
+    """
+    path = run_dir / "recipe.yaml"
+    new = recipe.resolved()
+    if path.exists():
+        old = yaml.safe_load(path.read_text()) or {}
+        lines = [
+            f"  {key}: {before} -> {now}"
+            for key, before, now in _differences(old, new)
+            if key.split(".")[0] not in _FREE_TO_CHANGE
+        ]
+        if lines:
+            raise RecipeError(
+                f"{run_dir} holds a run of another recipe:\n"
+                + "\n".join(lines)
+                + "\nset run.dir to a new folder, or take the changes back"
+            )
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise RecipeError(f"{run_dir} is not empty and holds no recipe.yaml; set run.dir to a new folder")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    draft = run_dir / ".recipe.yaml.tmp"
+    draft.write_text(yaml.safe_dump(new, sort_keys=False))
+    draft.replace(path)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """["a.b=1", "c=x"] -> {"a": {"b": 1}, "c": "x"}; values are YAML."""
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise RecipeError(f"{override!r} is not an override; write key.sub=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{override!r}: the value is not YAML: {error}") from error
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        settings = _merged(settings, value)
+    return settings
+
+
+def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
+    """One line for each thing that is wrong: the key, the value, and what was expected or is nearest."""
+    return "\n".join(_explain(e, model) for e in error.errors(include_url=False))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """A YAML file merged over the one it extends, if any."""
+    path = path.resolve()
+    if path in seen:
+        raise RecipeError(f"{path} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path} does not exist{_nearest_file(path)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read as YAML: {error}") from error
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise RecipeError(f"{path} must hold a mapping of keys to values, not a {type(settings).__name__}")
+    base = settings.pop("extends", None)
+    if base is None:
+        return settings
+    if not isinstance(base, str):
+        raise RecipeError(f"{path}: extends={base!r} must be the path of another recipe")
+    return _merged(_read(path.parent / base, (*seen, path)), settings)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    result = dict(below)
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = _merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def _validate(settings: dict[str, Any], where: str) -> Recipe:
+    method = settings.get("method", {"name": "simclr"})
+    name = method.get("name") if isinstance(method, dict) else None
+    if name not in method_names():
+        raise RecipeError(f"{where}: method.name={name!r} is not known; {_suggest(str(name), method_names())}")
+    config = find_method(name).Config
+    model = create_model("Recipe", __base__=Recipe, method=(config, ...))
+    try:
+        recipe: Recipe = model.model_validate({**settings, "method": method})
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain_errors(error, model)}") from None
+    return recipe
+
+
+def _explain(error: Any, model: type[BaseModel]) -> str:
+    """One line for one of pydantic's errors: key, value, what was expected."""
+    location = [str(part) for part in error["loc"]]
+    key, value = ".".join(location), error["input"]
+    if error["type"] == "extra_forbidden":
+        fields = list(_model_at(model, location[:-1]).model_fields)
+        return f"{key}={value!r}: there is no such key; {_suggest(location[-1], fields)}"
+    if error["type"] == "literal_error":
+        choices = [str(c) for c in get_args(_annotation_at(model, location))]
+        return f"{key}={value!r}: {_suggest(str(value), choices) if choices else error['msg']}"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}={value!r}: {message[0].lower()}{message[1:]}"
+
+
+def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    for part in location:
+        field = model.model_fields.get(part)
+        if field is None:
+            break
+        candidates = [field.annotation, *get_args(field.annotation)]
+        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if inner:
+            model = inner[0]
+    return model
+
+
+def _annotation_at(model: type[BaseModel], location: Sequence[str]) -> Any:
+    field = _model_at(model, location[:-1]).model_fields.get(location[-1])
+    return field.annotation if field is not None else None
+
+
+def _suggest(given: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, choices, n=1, cutoff=0.5)
+    listed = "choose from " + ", ".join(choices)
+    return f"did you mean {close[0]}? ({listed})" if close else listed
+
+
+def _nearest_file(path: Path) -> str:
+    folder = path.parent
+    names = [p.name for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {folder / close[0]}?"
+    return f"; there are {', '.join(sorted(names))}" if names else ""
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(old.get(name, "(unset)"), new.get(name, "(unset)"), inner)
+    elif old != new:
+        yield key, old, new

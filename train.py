@@ -1,0 +1,114 @@
+"""Pretrain an encoder: ``python train.py RECIPE.yaml [key.sub=value …]``.
+
+The same command again resumes the run. SIGTERM writes a checkpoint and exits with code 75.
+Under torchrun or deepspeed the batch is spread over all ranks.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
+from pipelines.resident import ResidentLoader
+from pipelines.sources import DataError, open_source
+from trainers.encoders import build_encoder
+from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
+from trainers.methods import build_method
+from trainers.monitors import Monitor, RunLog
+from trainers.optim import build_optimizer, build_schedule
+from trainers.pretrain import Run, pretrain
+from trainers.state import CheckpointError
+
+
+def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
+    """All parts of a run, each from its own section of the recipe."""
+    random.seed(recipe.seed)
+    np.random.seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
+    source = open_source(recipe.data, "pretrain")
+    size = recipe.views.size or source.image_size
+    loader = ResidentLoader(
+        source,
+        recipe.views.resolve(),
+        size=size,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        device=ranks.device,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=recipe.engine.accumulation,
+    )
+    encoder = build_encoder(recipe.encoder, size)
+    method = prepare_module(build_method(recipe.method, encoder), recipe.engine, ranks)
+    if recipe.engine.compile:
+        method.encoder.compile()
+    peak = recipe.optim.scaled_lr(recipe.batch_size)
+    total_steps = recipe.epochs * loader.steps_per_epoch
+    schedule = build_schedule(recipe.schedule, peak, loader.steps_per_epoch, total_steps)
+    micro_batch_size = recipe.batch_size // (ranks.world_size * recipe.engine.accumulation)
+    engine = Engine(
+        method, build_optimizer(recipe.optim, method, peak), recipe.engine, ranks, micro_batch_size
+    )
+    monitor = Monitor(
+        recipe.monitor,
+        method.encoder,
+        open_source(recipe.data, "train"),
+        open_source(recipe.data, "holdout"),
+        size=size,
+        batch_size=recipe.batch_size,
+        ranks=ranks,
+    )
+    log = RunLog(
+        recipe.log,
+        directory,
+        ranks,
+        total_steps=total_steps,
+        batch_size=recipe.batch_size,
+        recipe=recipe.resolved(),
+    )
+    torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
+    export = {
+        "arch": recipe.encoder.arch,
+        "stem": recipe.encoder.stem,
+        "image_size": size,
+        "mean": source.mean,
+        "std": source.std,
+    }
+    return Run(directory, recipe.epochs, method, engine, loader, schedule, monitor, log, recipe.checkpoint, export)
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key.sub=value")] = None,
+    local_rank: Annotated[int, typer.Option(hidden=True, help="Passed by the deepspeed launcher.")] = 0,
+) -> None:
+    """Pretrain an encoder by a recipe; the same command again resumes the run."""
+    try:
+        recipe = load_recipe(recipe_path, overrides or [])
+        directory = recipe.run_dir(recipe_path.stem)
+        with joined_ranks(recipe.engine) as ranks:
+            if ranks.is_main:
+                claim_run_dir(directory, recipe)
+            ranks.barrier()
+            run = build_run(recipe, directory, ranks)
+            run.log.say(f"{directory}: {run.loader.source.name}, {len(run.loader.labels)} images")
+            code = pretrain(run)
+    except (RecipeError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

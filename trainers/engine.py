@@ -1,0 +1,204 @@
+"""DeepSpeed, and everything that has to be known about it: the only file that imports it.
+
+Stage 0 by default: float32 weights and BatchNorm, ``torch_autocast`` for bfloat16, gradients averaged over ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from trainers.batchnorm import average_running_statistics, synchronise_batchnorm
+
+
+class EngineConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
+    accumulation: int = Field(1, ge=1)  # micro-batches a step and rank; the loss still sees all of them at once
+    gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0 is off
+    zero_stage: Literal[0, 1, 2] = 0
+    batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
+    channels_last: bool = True
+    compile: bool = False  # torch.compile the encoder
+    timeout: float = Field(600, gt=0)  # seconds after which a lost or frozen rank is an error on all others
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among all that train together."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    group: dist.ProcessGroup | None  # None when alone
+    control: dist.ProcessGroup | None  # gloo, for decisions on the host; None when alone
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank; every rank must call it."""
+        if self.control is None:
+            return flag
+        value = torch.tensor([int(flag)])
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(value)
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+
+@contextmanager
+def joined_ranks(config: EngineConfig) -> Iterator[Ranks]:
+    """Join the other processes that torchrun or deepspeed started (their environment says so), or stand alone."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if _has_gpu() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.timeout)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:  # no port is opened and no environment needed
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    try:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        alone = world_size == 1
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            device=device,
+            group=None if alone else dist.group.WORLD,
+            control=None if alone else dist.new_group(backend="gloo", timeout=timeout),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A method and its optimizer under DeepSpeed.
+
+    ``forward`` runs under autocast where the precision asks for it; ``backward`` accumulates and, after the last of
+    ``accumulation`` micro-batches, averages over ranks; ``step`` counts micro-batches and updates after the last.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        ranks: Ranks,
+        micro_batch_size: int,
+    ) -> None:
+        self.config, self.ranks, self.method = config, ranks, method
+        deepspeed = _import_deepspeed(ranks, config.timeout)
+        precision = config.precision
+        if precision == "auto":
+            precision = "bfloat16" if ranks.device.type == "cuda" else "float32"
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch_size,
+            "gradient_accumulation_steps": config.accumulation,
+            "train_batch_size": micro_batch_size * config.accumulation * ranks.world_size,
+            "gradient_clipping": config.gradient_clipping,
+            "zero_optimization": {"stage": config.zero_stage},
+            "zero_allow_untested_optimizer": True,  # SGD is exact under ZeRO; the recipe refuses LARS
+            "steps_per_print": 1 << 62,
+        }
+        if precision == "bfloat16":  # the `bf16` section would cast BatchNorm and its statistics
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        self._engine, *_ = deepspeed.initialize(
+            model=method, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        self._optimizer = optimizer
+        if config.channels_last and config.zero_stage == 0:
+            # Only now: DeepSpeed's first broadcast views weights as bytes, which permuted strides forbid, and ZeRO
+            # keeps them in one flat buffer (there, only activations are channels_last).
+            method.to(memory_format=torch.channels_last)
+
+    def forward(self, views: Tensor) -> dict[str, Tensor]:
+        return self._engine(views)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, which already is this micro-batch's share of the step's loss."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """To be called after each micro-batch; the update, with this learning rate, follows the last one."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    def average_running_statistics(self) -> None:
+        """With per-rank BatchNorm, make all ranks agree before saving or evaluating."""
+        if self.ranks.group is not None and self.config.batchnorm == "local":
+            average_running_statistics(self.method, self.ranks.group)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Every tensor of the optimizer's state: by parameter name, or under ZeRO this rank's shard by group."""
+        return {
+            f"{owner}::{key}": value
+            for owner, parameter in self._owners().items()
+            for key, value in self._optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Strict inverse of ``optimizer_state``; raises KeyError naming what belongs to no parameter."""
+        if self.config.zero_stage > 0:
+            self._engine.optimizer.refresh_fp32_params()  # ZeRO's own copy of the weights just loaded
+        owners = self._owners()
+        for name, value in state.items():
+            owner, _, key = name.rpartition("::")
+            if owner not in owners:
+                raise KeyError(f"optimizer state {name} belongs to no parameter of this run")
+            parameter = owners[owner]
+            if value.shape == parameter.shape:  # in the parameter's own memory format
+                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            self._optimizer.state[parameter][key] = value  # Adam's step count, a scalar, stays on the host
+
+    def _owners(self) -> dict[str, Tensor]:
+        if self.config.zero_stage == 0:
+            return dict(self.method.named_parameters())
+        return {f"group{i}": flat for i, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups)}
+
+
+def prepare_module(module: nn.Module, config: EngineConfig, ranks: Ranks) -> nn.Module:
+    """Move to the device and synchronise BatchNorm: before the optimizer sees the parameters."""
+    if ranks.group is not None and config.batchnorm == "sync":
+        module = synchronise_batchnorm(module, ranks.device, ranks.group)
+    return module.to(ranks.device)
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def _import_deepspeed(ranks: Ranks, timeout: float) -> Any:
+    if ranks.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.utils import groups, logger
+
+    logger.setLevel(logging.WARNING)
+    # Its shared-memory all-reduce for CPUs is compiled at start-up: 94 s, and a crash without ninja. Gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    # DeepSpeed reduces gradients over a clone of the world group, made with PyTorch's default timeout of
+    # 10 to 30 minutes whatever init_process_group was told; a frozen peer would hang all others for as long.
+    groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=timeout))
+    return deepspeed

@@ -1,0 +1,150 @@
+"""Frozen features: an encoder in eval mode, applied once to a split and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pipelines.plain_views import plain_batches
+from pipelines.sources import DataConfig, Source
+from trainers.encoders import EncoderConfig, build_encoder
+from trainers.state import CheckpointError, find_checkpoint, load_strict
+
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FrozenEncoder:
+    """An encoder to be evaluated and how its inputs are made. ``module`` None stands for the pixels themselves."""
+
+    label: str  # for tables
+    module: nn.Module | None
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    identity: str  # changes with the weights
+    folder: Path  # where results and cached features go
+    config: EncoderConfig | None = None
+    data: DataConfig | None = None  # what it was trained on
+
+
+def load_encoder(path: Path) -> FrozenEncoder:
+    """From a run folder (its newest whole checkpoint) or an exported ``encoder.safetensors``.
+
+    Raises:
+        CheckpointError: nothing usable is there, or weights and architecture do not fit; never a partial load.
+    """
+    if path.is_dir():
+        return _from_run(path)
+    if path.suffix != ".safetensors" or not path.exists():
+        raise CheckpointError(f"{path} is neither a run folder nor an existing .safetensors file")
+    with safe_open(path, "pt") as file:
+        about = (file.metadata() or {}).get("twinstream")
+    if about is None:
+        raise CheckpointError(f"{path} does not say which architecture it holds: no 'twinstream' metadata")
+    return _assemble(str(path), load_file(path), json.loads(about), path.parent / "evaluations", None)
+
+
+def random_encoder(config: EncoderConfig, source: Source, size: int | None, seed: int) -> FrozenEncoder:
+    """An untrained encoder: what the architecture alone is worth."""
+    size = size or source.image_size
+    torch.manual_seed(seed)
+    module = build_encoder(config, size)
+    identity = f"random-{config.arch}-{config.stem}-{size}-{seed}"
+    folder = Path("runs/evaluations")
+    return FrozenEncoder("random encoder", module, size, source.mean, source.std, identity, folder, config)
+
+
+def raw_pixels(source: Source, size: int | None) -> FrozenEncoder:
+    """Normalised pixels as features."""
+    size = size or source.image_size
+    mean, std = source.mean, source.std
+    return FrozenEncoder("raw pixels", None, size, mean, std, f"pixels-{size}", Path("runs/evaluations"))
+
+
+def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
+    """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time."""
+    key = hashlib.sha256(
+        json.dumps(
+            [encoder.identity, encoder.image_size, *encoder.mean, *encoder.std, source.fingerprint(), device.type]
+        ).encode()
+    ).hexdigest()[:16]
+    path = encoder.folder / "features" / f"{key}.safetensors"
+    if path.exists():
+        try:
+            cached = load_file(path)["features"]
+        except Exception as error:  # a damaged cache costs a recomputation, nothing else
+            print(f"{path} cannot be read ({error}); extracting again")
+        else:
+            if len(cached) == len(source.labels):
+                return cached.to(device)
+    features = extract(encoder, source, device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    save_file({"features": features.cpu().contiguous()}, draft)
+    draft.replace(path)
+    return features
+
+
+@torch.no_grad()
+def extract(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
+    """Features [N, d] float32. The encoder is in eval mode and asserted to come out as it went in."""
+    source = replace(source, mean=tuple(encoder.mean), std=tuple(encoder.std))  # as the encoder was trained
+    batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device)
+    if encoder.module is None:
+        return torch.cat([images.flatten(1) for images, _ in batches])
+    module = encoder.module.to(device, memory_format=torch.channels_last).eval()
+    module.requires_grad_(False)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    features = torch.cat([module(images).float() for images, _ in batches])
+    changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
+    assert not changed, f"evaluation changed the frozen encoder: {changed}"
+    return features
+
+
+def _from_run(run: Path) -> FrozenEncoder:
+    recipe_path = run / "recipe.yaml"
+    if not recipe_path.exists():
+        raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml")
+    recipe: dict[str, Any] = yaml.safe_load(recipe_path.read_text())
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        raise CheckpointError(f"{run} has no whole checkpoint yet")
+    tensors = {
+        name.removeprefix("encoder."): value
+        for name, value in load_file(checkpoint / "method.safetensors").items()
+        if name.startswith("encoder.")
+    }
+    about = json.loads((checkpoint / "state.json").read_text())["encoder"]
+    label = f"{run.name} ({checkpoint.name})"
+    return _assemble(label, tensors, about, run / "evaluations", DataConfig(**recipe["data"]))
+
+
+def _assemble(
+    label: str, tensors: dict[str, Tensor], about: dict[str, Any], folder: Path, data: DataConfig | None
+) -> FrozenEncoder:
+    size = int(about["image_size"])
+    config = EncoderConfig(arch=about["arch"], stem=about["stem"])
+    module = build_encoder(config, size)
+    load_strict(module, tensors, label)
+    identity = weights_hash(tensors)
+    return FrozenEncoder(label, module, size, about["mean"], about["std"], identity, folder, config, data)
+
+
+def weights_hash(tensors: dict[str, Tensor]) -> str:
+    """A hash of names, shapes and values."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name}{list(value.shape)}{value.dtype}".encode())
+        digest.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

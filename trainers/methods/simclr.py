@@ -1,0 +1,50 @@
+"""SimCLR (Chen et al., arXiv:2002.05709): two views of an image attract, all other views of the batch repel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from kernels import ntxent
+from pipelines.batch import ViewBatch
+from trainers.heads import ProjectorConfig, build_projector
+from trainers.methods import BaseMethod, MethodConfig
+from trainers.similarity import view_similarities
+
+
+class Config(MethodConfig):
+    name: Literal["simclr"] = "simclr"
+    temperature: float = Field(0.1, gt=0)
+    projector: ProjectorConfig = ProjectorConfig()
+
+    def check(self, *, images: int, batch_size: int) -> None:
+        super().check(images=images, batch_size=batch_size)
+        if batch_size < 2:
+            raise ValueError(f"batch_size={batch_size} leaves SimCLR without negatives; at least 2")
+
+
+class Method(BaseMethod):
+    def __init__(self, config: Config, encoder: nn.Module) -> None:
+        super().__init__()
+        self.temperature = config.temperature
+        self.encoder = encoder
+        self.projector = build_projector(config.projector, int(encoder.features))
+
+    def embed(self, views: Tensor) -> dict[str, Tensor]:
+        """views [2, N, 3, H, W] -> features [2, N, d], z [2, N, D]; one forward, so BatchNorm sees both views."""
+        features = self.encoder(views.flatten(0, 1))
+        z = self.projector(features)
+        return {"features": features.unflatten(0, views.shape[:2]), "z": z.unflatten(0, views.shape[:2])}
+
+    def loss(
+        self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
+    ) -> dict[str, Tensor]:
+        z1, z2 = embeddings["z"].unbind(0)
+        loss = ntxent(z1, z2, temperature=self.temperature, group=group)
+        with torch.no_grad():
+            positive, negative = view_similarities(z1, z2, group)
+        return {"loss": loss, "positive_similarity": positive, "negative_similarity": negative}

@@ -1,0 +1,170 @@
+"""The loop: batches in, steps out, everything else at its interval."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from safetensors.torch import save_file
+
+from pipelines.batch import ViewBatch
+from pipelines.resident import ResidentLoader
+from trainers.engine import Engine
+from trainers.methods import BaseMethod
+from trainers.monitors import Monitor, RunLog
+from trainers.state import (
+    CheckpointConfig,
+    RunState,
+    find_checkpoint,
+    generator_states,
+    load_checkpoint,
+    load_strict,
+    restore_generators,
+    save_checkpoint,
+)
+from trainers.step import train_step
+
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
+
+
+@dataclass(slots=True)
+class Run:
+    """The parts of a run, built by ``train.py``."""
+
+    directory: Path
+    epochs: int
+    method: BaseMethod
+    engine: Engine
+    loader: ResidentLoader
+    schedule: Callable[[int], float]
+    monitor: Monitor
+    log: RunLog
+    checkpoint: CheckpointConfig
+    export: dict[str, Any]  # what a reader of the exported encoder must know: architecture, stem, size, statistics
+
+
+def pretrain(run: Run) -> int:
+    """Train to the end, from the newest whole checkpoint if there is one; returns the exit code of the process.
+
+    0 when done; EXIT_PREEMPTED after SIGTERM or SIGINT, once a checkpoint is written.
+    """
+    ranks, log = run.engine.ranks, run.log
+    steps_per_epoch = run.loader.steps_per_epoch
+    total = run.epochs * steps_per_epoch
+    step = _resume(run)
+    log.open(step)
+    stop = _StopSignal()
+    log_every = log.config.every_steps
+    evaluate_every = max(1, round(run.monitor.config.every_epochs * steps_per_epoch))
+    save_every = max(1, round(run.checkpoint.every_epochs * steps_per_epoch))
+    run.method.train()
+    try:
+        while step < total:
+            epoch, first_step = divmod(step, steps_per_epoch)
+            log.restart_clock()
+            for micro_batches, waited in _timed(run.loader.epoch(epoch, first_step)):
+                lr = run.schedule(step)
+                result = train_step(run.engine, run.method, micro_batches, lr)
+                log.add(result.scalars | run.monitor.observe(result), waited)
+                step += 1
+                done = step / steps_per_epoch
+
+                if step % log_every == 0 or step == total:
+                    log.write_step(step, done, lr)
+                if step % evaluate_every == 0 or step == total:
+                    run.engine.average_running_statistics()
+                    log.write_scores(step, done, run.monitor.evaluate())
+                    log.restart_clock()
+                preempted = ranks.any(stop.requested)
+                if step % save_every == 0 or step == total or preempted:
+                    save(run, step)
+                    log.restart_clock()
+                if preempted and step < total:
+                    log.say(f"stopped by {stop.name} at step {step}; the same command resumes")
+                    return EXIT_PREEMPTED
+        if ranks.is_main:
+            _export_encoder(run)
+        ranks.barrier()
+        return 0
+    finally:
+        stop.restore()
+        log.close()
+
+
+def save(run: Run, step: int) -> None:
+    """Write everything that the run is as a checkpoint."""
+    run.engine.average_running_statistics()
+    ranks = run.engine.ranks
+    shared = {"method": dict(run.method.state_dict()), "meters": run.log.state()}
+    sharded = {"generators": generator_states(ranks.device)}
+    if run.monitor.probe is not None:
+        shared["probe"] = run.monitor.probe.state()
+    (sharded if run.engine.config.zero_stage else shared)["optimizer"] = run.engine.optimizer_state()
+    values = {
+        "epoch": step // run.loader.steps_per_epoch,
+        "step_in_epoch": step % run.loader.steps_per_epoch,
+        "encoder": run.export,
+        "recipe": (run.directory / "recipe.yaml").read_text(),
+    }
+    save_checkpoint(run.directory, RunState(step, shared, sharded, values), ranks, run.checkpoint.keep)
+
+
+def _resume(run: Run) -> int:
+    """Restore the newest whole checkpoint; returns the step to go on from."""
+    path = find_checkpoint(run.directory)
+    if path is None:
+        return 0
+    ranks = run.engine.ranks
+    state = load_checkpoint(path, ranks)
+    load_strict(run.method, state.shared["method"], f"{path}/method.safetensors")
+    optimizer = state.sharded if run.engine.config.zero_stage else state.shared
+    run.engine.load_optimizer_state(optimizer["optimizer"])
+    run.log.load(state.shared["meters"], ranks.device)
+    if run.monitor.probe is not None:
+        run.monitor.probe.load(state.shared["probe"])
+    if "generators" in state.sharded:
+        restore_generators(state.sharded["generators"], ranks.device)
+    run.log.say(f"resuming from {path} (step {state.step})")
+    return state.step
+
+
+def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch], float]]:
+    """Each item with the seconds that the consumer waited for it."""
+    while True:
+        start = time.perf_counter()
+        item = next(batches, None)
+        if item is None:
+            return
+        yield item, time.perf_counter() - start
+
+
+def _export_encoder(run: Run) -> None:
+    """``encoder.safetensors``: torchvision's parameter names and, as metadata, how to rebuild and feed it."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in run.method.encoder.state_dict().items()}
+    draft = run.directory / ".encoder.safetensors.tmp"
+    save_file(tensors, draft, metadata={"twinstream": json.dumps(run.export)})
+    draft.replace(run.directory / "encoder.safetensors")
+
+
+class _StopSignal:
+    """Notes SIGTERM and SIGINT, to be acted on between steps; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.name = "a signal on another rank"
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested, self.name = True, signal.Signals(number).name
