@@ -1,0 +1,1 @@
+"""Data sets as they lie on disk: what an image is, and one reader a set."""
