@@ -271,11 +271,8 @@ def _check(z1: Tensor, z2: Tensor, temperature: float, backend: str) -> None:
             raise ValueError(f"{name} has shape {list(z.shape)}, expected [N, D] with N >= 1 and D >= 1")
         if not z.is_floating_point():
             raise ValueError(f"{name} has dtype {z.dtype}, expected a floating-point dtype")
-    for what, first, second in (
-        ("shape", list(z1.shape), list(z2.shape)),
-        ("dtype", z1.dtype, z2.dtype),
-        ("device", z1.device, z2.device),
-    ):
+    for what in ("shape", "dtype", "device"):
+        first, second = getattr(z1, what), getattr(z2, what)
         if first != second:
             raise ValueError(
                 f"z1 and z2 are two views of one batch, but their {what}s are {first} and {second}"
