@@ -17,14 +17,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import typer
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from configs.recipe import RecipeError, explain_errors, load_recipe, parse_overrides
 from pipelines.sources import DataConfig, DataError, Source, open_source
-from pipelines.subsets import label_subset
+from pipelines.subsets import label_subset, save_subset
 from trainers.encoders import EncoderConfig
 from trainers.features import FrozenEncoder, features_of, load_encoder, random_encoder, raw_pixels
 from trainers.knn import knn_votes, top_accuracy
@@ -96,6 +95,16 @@ class Job:
         source = open_source(self.data, name)
         return source, features_of(self.encoder, source, self.device), source.labels.to(self.device)
 
+    def labelled(self, train: Source, seed: int) -> torch.Tensor:
+        """Positions of the images whose labels may be used, kept as an index file."""
+        budget = self.settings.labels
+        chosen = label_subset(train, budget, seed)
+        if budget != "all":
+            path = self.encoder.folder / "labels" / f"{train.name}-{budget.replace('%', 'pct')}-seed{seed}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_subset(path, train, chosen, budget=budget, seed=seed)
+        return chosen.to(self.device)
+
 
 def score_knn(job: Job) -> dict[str, Any]:
     train, bank, bank_labels = job.split("train")
@@ -106,7 +115,7 @@ def score_knn(job: Job) -> dict[str, Any]:
     seeds = _label_seeds(job.settings)
     runs = []
     for seed in seeds:
-        chosen = label_subset(train, job.settings.labels, seed).to(job.device)
+        chosen = job.labelled(train, seed)
         votes = {
             name: knn_votes(queries, bank[chosen], bank_labels[chosen], classes, grid)
             for name, queries in (("holdout", holdout), ("test", test))
@@ -149,7 +158,7 @@ def score_linear(job: Job) -> dict[str, Any]:
     classes = train.num_classes
     runs = []
     for seed in _label_seeds(job.settings):
-        chosen = label_subset(train, job.settings.labels, seed).to(job.device)
+        chosen = job.labelled(train, seed)
         search = search_logistic(features[chosen], labels[chosen], holdout, holdout_labels, classes)
         logits = search.best.logits(test)
         runs.append(
@@ -313,7 +322,9 @@ def _publish(job: Job, result: dict[str, Any]) -> None:
         console.print(result["description"], style="dim")
     folder = job.encoder.folder
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join([result["protocol"], job.data.source, result["labels"].replace("%", "pct"), job.encoder.identity[:8]])
+    name = "-".join(
+        [result["protocol"], job.data.source, result["labels"].replace("%", "pct"), job.encoder.identity[:8]]
+    )
     path = folder / f"{name}.json"
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(result, indent=1))

@@ -17,7 +17,7 @@ import typer
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.resident import ResidentLoader
-from pipelines.sources import DataError, open_source
+from pipelines.sources import DataError, describe, open_source
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
 from trainers.methods import build_method
@@ -53,14 +53,12 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
     total_steps = recipe.epochs * loader.steps_per_epoch
     schedule = build_schedule(recipe.schedule, peak, loader.steps_per_epoch, total_steps)
     micro_batch_size = recipe.batch_size // (ranks.world_size * recipe.engine.accumulation)
-    engine = Engine(
-        method, build_optimizer(recipe.optim, method, peak), recipe.engine, ranks, micro_batch_size
-    )
+    engine = Engine(method, build_optimizer(recipe.optim, method, peak), recipe.engine, ranks, micro_batch_size)
     monitor = Monitor(
         recipe.monitor,
         method.encoder,
-        open_source(recipe.data, "train"),
-        open_source(recipe.data, "holdout"),
+        open_source(recipe.data, "train") if describe(recipe.data).counts["train"] else None,
+        open_source(recipe.data, "holdout") if describe(recipe.data).counts["holdout"] else None,
         size=size,
         batch_size=recipe.batch_size,
         ranks=ranks,

@@ -48,9 +48,7 @@ LOSSES = {"tiled": tiled, "plain": plain}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default 1)")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     parser.add_argument("--memory-of", choices=LOSSES, help=argparse.SUPPRESS)  # this script calling itself
@@ -83,9 +81,7 @@ def make_views(rows: int) -> tuple[Tensor, Tensor]:
     return z1.requires_grad_(), z2.requires_grad_()
 
 
-def forward_and_backward(
-    loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor
-) -> tuple[Tensor, Tensor]:
+def forward_and_backward(loss: Callable[[Tensor, Tensor], Tensor], z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor]:
     value = loss(z1, z2)
     return value.detach(), torch.cat(torch.autograd.grad(value, (z1, z2)))
 
@@ -141,9 +137,7 @@ def memory_in_fresh_process(name: str, threads: int) -> float:
 
 
 def show(speed: list[dict[str, float]], memory: dict[str, float], threads: int) -> None:
-    table = Table(
-        title=f"NT-Xent forward + backward, float32, D = {DIMENSION}, τ = {TEMPERATURE}, threads: {threads}"
-    )
+    table = Table(title=f"NT-Xent forward + backward, float32, D = {DIMENSION}, τ = {TEMPERATURE}, threads: {threads}")
     for heading in ("2N", "plain ms", "tiled ms", "speedup"):
         table.add_column(heading, justify="right")
     for heading in ("loss error", "gradient error"):
@@ -155,11 +149,7 @@ def show(speed: list[dict[str, float]], memory: dict[str, float], threads: int) 
             f"{row['plain_ms']:.2f}",
             f"{row['tiled_ms']:.2f}",
             f"{row['speedup']:.2f}x",
-            *(
-                f"{row[f'{name}_{what}_error']:.1e}"
-                for what in ("loss", "gradient")
-                for name in ("plain", "tiled")
-            ),
+            *(f"{row[f'{name}_{what}_error']:.1e}" for what in ("loss", "gradient") for name in ("plain", "tiled")),
         )
     console = Console()
     console.print(table)

@@ -108,7 +108,7 @@ def check_combinations(recipe: Recipe, world_size: int) -> None:
         )
     try:
         facts = describe(recipe.data)
-        images = facts.counts["pretrain"]
+        images = facts.counts["pretrain"] or 0
         if batch > images:
             raise RecipeError(
                 f"batch_size={batch} is larger than the {images} training images of {facts.source}; at most"
@@ -212,8 +212,11 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def _validate(settings: dict[str, Any], where: str) -> Recipe:
-    method = settings.get("method", {"name": "simclr"})
-    name = method.get("name") if isinstance(method, dict) else None
+    method = settings.get("method", {})
+    if not isinstance(method, dict):
+        raise RecipeError(f"{where}: method={method!r} must be a section, such as method.name=simclr")
+    method = {"name": "simclr", **method}
+    name = method["name"]
     if name not in method_names():
         raise RecipeError(f"{where}: method.name={name!r} is not known; {_suggest(str(name), method_names())}")
     config = find_method(name).Config

@@ -105,9 +105,7 @@ class _GatherRows(torch.autograd.Function):
 
 class _TiledNTXent(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, z1: Tensor, z2: Tensor, temperature: float, group: dist.ProcessGroup | None
-    ) -> Tensor:
+    def forward(ctx: Any, z1: Tensor, z2: Tensor, temperature: float, group: dist.ProcessGroup | None) -> Tensor:
         x = torch.cat([z1, z2]).to(_compute_dtype(z1))
         norms = _row_norms(x)
         anchors = x / norms.clamp_min(NORM_FLOOR)
@@ -173,9 +171,7 @@ def _log_sum_of_negatives(anchors: Tensor, candidates: Tensor, start: int, tempe
     return log_sums
 
 
-def _pull_of_negatives(
-    anchors: Tensor, candidates: Tensor, log_sums: Tensor, start: int, temperature: float
-) -> Tensor:
+def _pull_of_negatives(anchors: Tensor, candidates: Tensor, log_sums: Tensor, start: int, temperature: float) -> Tensor:
     """Per anchor i: the sum over its negatives j of e_ij (1/l_i + 1/l_j) z_j, [2N, D]."""
     buffer, spare_buffer = anchors.new_empty(2, TILE_ROWS * TILE_COLUMNS)
     total = torch.zeros_like(anchors)
@@ -223,9 +219,7 @@ def _tiles(anchors: int, candidates: int, start: int) -> Iterator[_Tile]:
                 yield _Tile(slice(top, bottom), slice(left, right), own, mirrored)
 
 
-def _tile_logits(
-    buffer: Tensor, tile: _Tile, anchors: Tensor, candidates: Tensor, temperature: float
-) -> Tensor:
+def _tile_logits(buffer: Tensor, tile: _Tile, anchors: Tensor, candidates: Tensor, temperature: float) -> Tensor:
     """Cosines / τ of one tile, written into `buffer`."""
     rows, columns = anchors[tile.rows], candidates[tile.columns]
     logits = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
@@ -274,13 +268,9 @@ def _check(z1: Tensor, z2: Tensor, temperature: float, backend: str) -> None:
     for what in ("shape", "dtype", "device"):
         first, second = getattr(z1, what), getattr(z2, what)
         if first != second:
-            raise ValueError(
-                f"z1 and z2 are two views of one batch, but their {what}s are {first} and {second}"
-            )
+            raise ValueError(f"z1 and z2 are two views of one batch, but their {what}s are {first} and {second}")
     if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(
-            f"temperature is {temperature}, expected a finite number above 0 (0.1 to 0.5 is usual)"
-        )
+        raise ValueError(f"temperature is {temperature}, expected a finite number above 0 (0.1 to 0.5 is usual)")
 
 
 def _check_group(z: Tensor, group: dist.ProcessGroup) -> None:

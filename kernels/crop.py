@@ -62,9 +62,7 @@ def _check(images: Tensor, boxes: Tensor, size: int, rows: Tensor | None, sizes:
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, got {size}")
     if rows is None and len(boxes) != len(images):
-        raise ValueError(
-            f"{len(boxes)} boxes for {len(images)} images: pass rows to say which image each is cut from"
-        )
+        raise ValueError(f"{len(boxes)} boxes for {len(images)} images: pass rows to say which image each is cut from")
     if rows is not None and (rows.shape != boxes.shape[:1] or rows.dtype != torch.int64):
         raise ValueError(f"rows: expected [{len(boxes)}] int64, got {list(rows.shape)} {rows.dtype}")
     if sizes is not None and sizes.shape != (len(boxes), 2):
@@ -79,9 +77,7 @@ def _check(images: Tensor, boxes: Tensor, size: int, rows: Tensor | None, sizes:
     if sizes is not None and sizes.device.type == "cpu" and len(sizes):
         canvas = torch.tensor(images.shape[1:3])
         if bool(((sizes < 1) | (sizes > canvas)).any()):
-            raise ValueError(
-                f"sizes: expected 1 to the canvas, {canvas.tolist()}, got {sizes.amax(0).tolist()}"
-            )
+            raise ValueError(f"sizes: expected 1 to the canvas, {canvas.tolist()}, got {sizes.amax(0).tolist()}")
 
 
 def _is_identity(images: Tensor, boxes: Tensor, size: int, sizes: Tensor | None) -> bool:

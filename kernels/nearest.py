@@ -69,9 +69,7 @@ def _scores(
     return scores
 
 
-def _check(
-    queries: Tensor, bank: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None, backend: str
-) -> None:
+def _check(queries: Tensor, bank: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None, backend: str) -> None:
     if queries.dim() != 2 or bank.dim() != 2 or queries.shape[1] != bank.shape[1]:
         raise ValueError(
             f"queries [M, D] and bank [L, D] must share D, got {list(queries.shape)} and {list(bank.shape)}"

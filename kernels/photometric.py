@@ -48,9 +48,7 @@ class PhotometricParams:
         return len(self.flip)
 
     def to(self, device: torch.device | str) -> "PhotometricParams":
-        wait = (
-            torch.device(device).type == "cpu"
-        )  # a copy to the CPU that nobody waits for may be read too early
+        wait = torch.device(device).type == "cpu"  # a copy to the CPU that nobody waits for may be read too early
         return self._map(lambda t: t.to(device, non_blocking=not wait))
 
     def select(self, index: Tensor | slice) -> "PhotometricParams":
@@ -69,9 +67,7 @@ class PhotometricParams:
         for name in ("blur_kernel", "solarize_threshold"):
             values = {getattr(part, name) for part in parts}
             if len(values) > 1:
-                raise ValueError(
-                    f"PhotometricParams.cat: {name} differs, {sorted(values)}: use one call for each"
-                )
+                raise ValueError(f"PhotometricParams.cat: {name} differs, {sorted(values)}: use one call for each")
         joined: dict[str, Any] = {n: torch.cat([getattr(part, n) for part in parts]) for n in _TENSORS}
         return replace(parts[0], **joined)
 
@@ -112,9 +108,7 @@ def photometric(
         return _reference(crops, params.to("cpu"), mean, std, out_dtype)
 
 
-def _check(
-    crops: Tensor, params: PhotometricParams, mean: Sequence[float], std: Sequence[float], backend: str
-) -> None:
+def _check(crops: Tensor, params: PhotometricParams, mean: Sequence[float], std: Sequence[float], backend: str) -> None:
     if backend not in ("auto", "reference"):
         raise ValueError(f"backend: expected one of auto, reference, got {backend!r}")
     if crops.ndim != 4 or crops.shape[-1] != 3 or crops.dtype != torch.uint8:
@@ -153,9 +147,7 @@ def _reference(
     _on_subset(x, params.flip, lambda part, _: part.flip(-1))
     if jittered:
         factors = (params.brightness, params.contrast, params.saturation, params.hue)
-        idle = [
-            bool((factor == neutral).all()) for factor, neutral in zip(factors, (1, 1, 1, 0), strict=True)
-        ]
+        idle = [bool((factor == neutral).all()) for factor, neutral in zip(factors, (1, 1, 1, 0), strict=True)]
         moved = torch.stack(factors).to(device, non_blocking=True)
         counts = torch.bincount(kinds, minlength=len(ORDERS) + 1).tolist()
         start = 0
@@ -193,9 +185,7 @@ def _order_index(order: Tensor) -> Tensor:
     return table[(order * digits).sum(1)]
 
 
-def _on_subset(
-    x: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Tensor], step: int | None = None
-) -> None:
+def _on_subset(x: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Tensor], step: int | None = None) -> None:
     """Replaces the samples of `x` in `mask` ([B] bool, CPU) by change(samples, their indices on the
     device)."""
     indices = mask.nonzero().squeeze(1)
@@ -234,9 +224,7 @@ def _hue(x: Tensor, factor: Tensor) -> None:
     minimum, maximum = torch.aminmax(x, dim=1)
     chroma = maximum - minimum
     divisor = chroma.clamp(min=1e-12)  # where it acts, all three differences are zero
-    sixths = torch.where(
-        maximum == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4)
-    )
+    sixths = torch.where(maximum == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4))
     sixths = torch.where(maximum == red, (green - blue).div_(divisor), sixths).add_(6 * factor)
     for channel, offset in zip((red, green, blue), (5, 3, 1), strict=True):
         k = (sixths + offset).remainder_(6)
@@ -265,9 +253,7 @@ def _reflections(extent: int, kernel: int, device: torch.device) -> Tensor:
     reach."""
     half = kernel // 2
     target = torch.arange(extent)
-    source = (
-        target + torch.arange(-half, half + 1)[:, None]
-    ).abs()  # [kernel, extent], mirrored at the first pixel
+    source = (target + torch.arange(-half, half + 1)[:, None]).abs()  # [kernel, extent], mirrored at the first pixel
     source = torch.minimum(source, 2 * (extent - 1) - source)  # and at the last
     matrices = torch.zeros(kernel, extent, extent)
     matrices[torch.arange(kernel)[:, None], target, source] = 1.0

@@ -83,9 +83,7 @@ def numba_uniform() -> Callable[[int, int, int, int, int], float]:
     import numpy as np
 
     golden, m1, m2 = np.uint64(_GOLDEN), np.uint64(_MULTIPLIER_1), np.uint64(_MULTIPLIER_2)
-    s30, s27, s31, s11, one = (
-        np.uint64(n) for n in (30, 27, 31, 11, 1)
-    )  # numba: uint64 with int64 is float64
+    s30, s27, s31, s11, one = (np.uint64(n) for n in (30, 27, 31, 11, 1))  # numba: uint64 with int64 is float64
 
     @numba.njit(inline="always")
     def mix(z):  # type: ignore[no-untyped-def]

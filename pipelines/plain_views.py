@@ -16,9 +16,7 @@ from pipelines.views import center_boxes
 _SMALL = 64  # small images are shown whole; larger ones lose their rim, as in the field's 256 -> 224
 
 
-def plain_batches(
-    source: Source, size: int, batch_size: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def plain_batches(source: Source, size: int, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images [B, 3, size, size] normalised channels_last, positions [B]) over the whole source, in order."""
     share = 1.0 if size <= _SMALL else 224 / 256
     with ThreadPoolExecutor(max_workers=4) as pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import psutil
 import torch
@@ -89,7 +90,7 @@ class ResidentLoader:
             memory_format=torch.channels_last,
         )
         for number, view in enumerate(self.plan):
-            draws = {"seed": self.seed, "epoch": epoch, "indices": indices, "view_index": number}
+            draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices, "view_index": number}
             boxes = draw_boxes(view, **draws, heights=heights, widths=widths, size=self.size)
             crops = crop_resize(self.canvas, boxes, self.size, rows=rows, sizes=self.sizes[indices])
             params = draw_photometric(view, **draws, size=self.size)

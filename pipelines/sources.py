@@ -79,9 +79,7 @@ class DataConfig(BaseModel):
     @model_validator(mode="after")
     def _class_list_has_a_use(self) -> DataConfig:
         if self.class_list is not None and self.source != "imagenet":
-            raise ValueError(
-                f"data.class_list chooses classes of source=imagenet, but the source is {self.source!r}"
-            )
+            raise ValueError(f"data.class_list chooses classes of source=imagenet, but the source is {self.source!r}")
         return self
 
 
@@ -119,15 +117,11 @@ class Source:
         """
         chosen = torch.as_tensor(positions if isinstance(positions, Tensor | np.ndarray) else list(positions))
         if chosen.numel() and (chosen.dtype == torch.bool or chosen.is_floating_point()):
-            raise TypeError(
-                f"select takes whole positions, got {chosen.dtype}; for a mask use mask.nonzero()[:, 0]"
-            )
+            raise TypeError(f"select takes whole positions, got {chosen.dtype}; for a mask use mask.nonzero()[:, 0]")
         chosen = chosen.to(torch.int64).reshape(-1).cpu()
         outside = chosen[(chosen < 0) | (chosen >= len(self))]
         if len(outside):
-            raise IndexError(
-                f"position {int(outside[0])} is outside {self.name}/{self.split} of {len(self):,} images"
-            )
+            raise IndexError(f"position {int(outside[0])} is outside {self.name}/{self.split} of {len(self):,} images")
         return replace(
             self, images=self.images.select(chosen.numpy()), labels=self.labels[chosen], ids=self.ids[chosen]
         )
@@ -250,9 +244,7 @@ def _rows(config: DataConfig, known: StoredSet, split: Split, labels: np.ndarray
     """Which rows of the stored training part make up a split: ascending positions."""
     labelled = np.arange(len(labels)) if labels.ndim == 2 else np.flatnonzero(labels >= 0)
     if split != "pretrain" and not len(labelled):
-        raise DataError(
-            f"{config.source}: its images have no labels, so there is no {split!r} split; use 'pretrain'"
-        )
+        raise DataError(f"{config.source}: its images have no labels, so there is no {split!r} split; use 'pretrain'")
     held = _held_out(config, known, len(labelled))
     if labels.ndim == 2:  # several labels an image: no strata
         away = np.sort(np.random.RandomState(config.holdout_seed).permutation(len(labelled))[:held])
@@ -294,9 +286,7 @@ SETS: Mapping[str, StoredSet] = {
         held_out=240,
     ),
     "cifar10": StoredSet(partial(arrays.read_cifar, name="cifar10"), 32, CIFAR10, Fixed(*CIFAR, classes=10)),
-    "cifar100": StoredSet(
-        partial(arrays.read_cifar, name="cifar100"), 32, CIFAR100, Fixed(*CIFAR, classes=100)
-    ),
+    "cifar100": StoredSet(partial(arrays.read_cifar, name="cifar100"), 32, CIFAR100, Fixed(*CIFAR, classes=100)),
     "cifar20": StoredSet(partial(arrays.read_cifar, name="cifar20"), 32, CIFAR100, Fixed(*CIFAR, classes=20)),
     "stl10": StoredSet(
         arrays.read_stl10,
@@ -312,9 +302,7 @@ SETS: Mapping[str, StoredSet] = {
     "imagenet50": StoredSet(partial(trees.read_imagenet, subset=50), 224, IMAGENET),
     "imagenet100": StoredSet(partial(trees.read_imagenet, subset=100), 224, IMAGENET),
     "imagenet200": StoredSet(partial(trees.read_imagenet, subset=200), 224, IMAGENET),
-    "tiny_imagenet": StoredSet(
-        trees.read_tiny_imagenet, 64, ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))
-    ),
+    "tiny_imagenet": StoredSet(trees.read_tiny_imagenet, 64, ((0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821))),
     # VOC 2012's, the nearest published: the same source of photographs.
     "voc07": StoredSet(trees.read_voc07, 224, ((0.457, 0.438, 0.406), (0.239, 0.235, 0.240))),
     "skin": StoredSet(arrays.read_skin, 128, ((0.7630, 0.5463, 0.5706), (0.141, 0.153, 0.169))),

@@ -46,15 +46,11 @@ def label_subset(source: Source, budget: str, seed: int = 0) -> Tensor:
     percentage = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", budget.strip())
     each = re.fullmatch(r"(\d+)-per-class", budget.strip())
     if percentage is None and each is None:
-        raise DataError(
-            f"label budget {budget!r}: expected 'all', a percentage such as '10%', or 'N-per-class'"
-        )
+        raise DataError(f"label budget {budget!r}: expected 'all', a percentage such as '10%', or 'N-per-class'")
 
     where = f"label budget {budget!r} of {source.name}/{source.split}"
     if source.multi_label:
-        raise DataError(
-            f"{where}: its images carry several labels each, so they cannot be stratified; use 'all'"
-        )
+        raise DataError(f"{where}: its images carry several labels each, so they cannot be stratified; use 'all'")
     labels = source.labels.numpy()
     unknown = int((labels < 0).sum())
     if unknown:
@@ -114,9 +110,7 @@ def load_subset(path: Path, source: Source) -> Tensor:
         name, split, content = record["source"], record["split"], record["content"]
         ids = torch.tensor(record["ids"], dtype=torch.int64)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"cannot read the label subset {path}: {error!r}; write one with save_subset"
-        ) from error
+        raise DataError(f"cannot read the label subset {path}: {error!r}; write one with save_subset") from error
     if (name, split) != (source.name, source.split):
         raise DataError(
             f"label subset {path} was drawn from {name}/{split}, not from {source.name}/{source.split}; "
@@ -153,9 +147,7 @@ def _content(chosen: Source) -> str:
 # Drawing, for every split, limit and subset of the pipelines.
 
 
-def stratified_draw(
-    labels: np.ndarray, total: int, seed: int, *, at_least: int = 0, leave: int = 0
-) -> np.ndarray:
+def stratified_draw(labels: np.ndarray, total: int, seed: int, *, at_least: int = 0, leave: int = 0) -> np.ndarray:
     """Positions, ascending, of `total` rows of `labels`, shared out over its values by largest remainder.
 
     Args:

@@ -296,9 +296,7 @@ def center_boxes(heights: Tensor, widths: Tensor, share: float = 1.0) -> Tensor:
     return torch.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], dim=1)
 
 
-def _resized_crop_sides(
-    view: View, draws: Tensor, heights: Tensor, widths: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _resized_crop_sides(view: View, draws: Tensor, heights: Tensor, widths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(heights[N], widths[N], whether any attempt fitted[N]) of random resized crops, tried all at once."""
     (scale_low, scale_high), (ratio_low, ratio_high) = view.crop_scale, view.crop_ratio
     u_area = draws[:, Slot.CROP_AREA : Slot.CROP_AREA + 2 * _ATTEMPTS : 2]  # [N, attempts]

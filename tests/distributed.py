@@ -31,9 +31,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(
-                target=_run_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True
-            )
+            context.Process(target=_run_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)
             for rank in range(world_size)
         ]
         for rank in ranks:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -38,7 +38,7 @@ class AllReduceBatchNorm(_BatchNorm):
                 torch.tensor([input.numel() // input.shape[1]], dtype=torch.float64, device=input.device),
             ]
         )
-        sums = all_reduce(sums, group=self.process_group)
+        sums = _AllReduceSum.apply(sums, self.process_group)
         count = sums[-1].detach()
         mean, square = sums[:-1].chunk(2)
         mean, square = mean / count, square / count
@@ -63,22 +63,37 @@ class AllReduceBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), weight)
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> nn.Module:
-    """Replace every BatchNorm by one over all ranks of ``group``; parameters, buffers and names stay."""
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module, group)
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; each rank's sum feeds every rank's loss, so the gradient is summed over ranks as well."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = values.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def synchronise_batchnorm(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> None:
+    """Replace every BatchNorm inside by one over all ranks of ``group``; parameters, buffers and names stay."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
-            new = AllReduceBatchNorm(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats
-            )
-            new.load_state_dict(child.state_dict())
+            shape = (child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            new: nn.SyncBatchNorm | AllReduceBatchNorm
+            new = nn.SyncBatchNorm(*shape) if device.type == "cuda" else AllReduceBatchNorm(*shape)
             new.process_group = group
             new.train(child.training)
-            setattr(module, name, new.to(next(child.parameters(), torch.empty(0)).dtype))
+            for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+                setattr(new, tensor, getattr(child, tensor))  # the same tensors, not copies in another dtype
+            setattr(module, name, new)
         else:
             synchronise_batchnorm(child, device, group)
-    return module
 
 
 @torch.no_grad()

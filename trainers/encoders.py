@@ -6,7 +6,7 @@ weights load wherever a torchvision ResNet does.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torchvision
@@ -24,6 +24,11 @@ class EncoderConfig(BaseModel):
 
     arch: Architecture = "resnet18"
     stem: Literal["auto", "small", "imagenet"] = "auto"  # auto: small up to 64 pixels
+
+
+def feature_width(encoder: nn.Module) -> int:
+    """How many features an encoder of ``build_encoder`` gives."""
+    return cast(int, encoder.features)
 
 
 def build_encoder(config: EncoderConfig, image_size: int) -> nn.Module:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,6 @@ def joined_ranks(config: EngineConfig) -> Iterator[Ranks]:
         dist.init_process_group(backend, timeout=timeout)
     else:  # no port is opened and no environment needed
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     try:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         alone = world_size == 1
@@ -82,7 +81,7 @@ def joined_ranks(config: EngineConfig) -> Iterator[Ranks]:
             world_size=world_size,
             device=device,
             group=None if alone else dist.group.WORLD,
-            control=None if alone else dist.new_group(backend="gloo", timeout=timeout),
+            control=None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)),
         )
     finally:
         dist.destroy_process_group()
@@ -123,6 +122,8 @@ class Engine:
             model=method, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._optimizer = optimizer
+        if any(p.dtype == torch.float64 for p in method.parameters()):
+            self._engine.communication_data_type = torch.float64  # else doubles are averaged in float32
         if config.channels_last and config.zero_stage == 0:
             # Only now: DeepSpeed's first broadcast views weights as bytes, which permuted strides forbid, and ZeRO
             # keeps them in one flat buffer (there, only activations are channels_last).
@@ -175,10 +176,13 @@ class Engine:
         return {f"group{i}": flat for i, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups)}
 
 
-def prepare_module(module: nn.Module, config: EngineConfig, ranks: Ranks) -> nn.Module:
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def prepare_module(module: Module, config: EngineConfig, ranks: Ranks) -> Module:
     """Move to the device and synchronise BatchNorm: before the optimizer sees the parameters."""
     if ranks.group is not None and config.batchnorm == "sync":
-        module = synchronise_batchnorm(module, ranks.device, ranks.group)
+        synchronise_batchnorm(module, ranks.device, ranks.group)
     return module.to(ranks.device)
 
 
@@ -189,6 +193,7 @@ def _has_gpu() -> bool:
 def _import_deepspeed(ranks: Ranks, timeout: float) -> Any:
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # read at import
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, alone as well
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from trainers.encoders import EncoderConfig, build_encoder
 from trainers.state import CheckpointError, find_checkpoint, load_strict
 
 BATCH_SIZE = 256
+Statistics = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,8 +30,8 @@ class FrozenEncoder:
     label: str  # for tables
     module: nn.Module | None
     image_size: int
-    mean: Sequence[float]
-    std: Sequence[float]
+    mean: Statistics
+    std: Statistics
     identity: str  # changes with the weights
     folder: Path  # where results and cached features go
     config: EncoderConfig | None = None
@@ -76,7 +76,14 @@ def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) ->
     """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time."""
     key = hashlib.sha256(
         json.dumps(
-            [encoder.identity, encoder.image_size, *encoder.mean, *encoder.std, source.fingerprint(), device.type]
+            [
+                encoder.identity,
+                encoder.image_size,
+                *encoder.mean,
+                *encoder.std,
+                source.fingerprint(),
+                device.type,
+            ]
         ).encode()
     ).hexdigest()[:16]
     path = encoder.folder / "features" / f"{key}.safetensors"
@@ -99,11 +106,11 @@ def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) ->
 @torch.no_grad()
 def extract(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
     """Features [N, d] float32. The encoder is in eval mode and asserted to come out as it went in."""
-    source = replace(source, mean=tuple(encoder.mean), std=tuple(encoder.std))  # as the encoder was trained
+    source = replace(source, mean=encoder.mean, std=encoder.std)  # as the encoder was trained
     batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device)
     if encoder.module is None:
         return torch.cat([images.flatten(1) for images, _ in batches])
-    module = encoder.module.to(device, memory_format=torch.channels_last).eval()
+    module = encoder.module.to(device).to(memory_format=torch.channels_last).eval()
     module.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     features = torch.cat([module(images).float() for images, _ in batches])
@@ -138,7 +145,7 @@ def _assemble(
     module = build_encoder(config, size)
     load_strict(module, tensors, label)
     identity = weights_hash(tensors)
-    return FrozenEncoder(label, module, size, about["mean"], about["std"], identity, folder, config, data)
+    return FrozenEncoder(label, module, size, tuple(about["mean"]), tuple(about["std"]), identity, folder, config, data)
 
 
 def weights_hash(tensors: dict[str, Tensor]) -> str:

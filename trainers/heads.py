@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -22,7 +24,7 @@ def build_projector(config: ProjectorConfig, features: int) -> nn.Sequential:
     hidden = config.hidden or features
     widths = [features] + [hidden] * (config.layers - 1) + [config.output]
     modules: list[nn.Module] = []
-    for layer, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (width_in, width_out) in enumerate(pairwise(widths)):
         modules.append(nn.Linear(width_in, width_out, bias=not config.batchnorm))
         if config.batchnorm:
             modules.append(nn.BatchNorm1d(width_out))

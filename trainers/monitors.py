@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.plain_views import plain_batches
 from pipelines.sources import Source
+from trainers.encoders import feature_width
 from trainers.engine import Ranks
 from trainers.knn import knn_votes, top_accuracy
 from trainers.step import StepResult
@@ -97,22 +98,29 @@ class Monitor:
         self,
         config: MonitorConfig,
         encoder: nn.Module,
-        train: Source,
-        holdout: Source,
+        train: Source | None,
+        holdout: Source | None,
         *,
         size: int,
         batch_size: int,
         ranks: Ranks,
     ) -> None:
-        """``train``: the labelled images to search among; ``holdout``: the images to classify; ``size`` in pixels."""
-        self.config, self.encoder, self.size, self.batch_size, self.ranks = config, encoder, size, batch_size, ranks
+        """``train``: the labelled images to search among; ``holdout``: those to classify; ``size`` in pixels.
+
+        Either may be missing. The probe needs labels of one class an image, kNN and accuracy the held-out part too.
+        """
+        self.config, self.encoder, self.size, self.batch_size, self.ranks = (
+            config,
+            encoder,
+            size,
+            batch_size,
+            ranks,
+        )
         self.bank = _spread(train, config.images)
         self.holdout = _spread(holdout, config.images)
-        self.classes = len(train.classes)
-        single_label = train.labels.dim() == 1 and self.classes > 1
-        self.probe = (
-            Probe(int(encoder.features), self.classes, config.probe_lr, ranks.device) if single_label else None
-        )
+        self.probe: Probe | None = None
+        if train is not None and not train.multi_label and train.num_classes > 1:
+            self.probe = Probe(feature_width(encoder), train.num_classes, config.probe_lr, ranks.device)
 
     def observe(self, result: StepResult) -> dict[str, Tensor]:
         """Called after each optimizer step; returns scalars to log with the method's."""
@@ -124,18 +132,18 @@ class Monitor:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Scores on the held-out part; every rank computes all of it, and so agrees without a word."""
-        if len(self.holdout.labels) == 0:
+        if self.holdout is None:
             return {}
         held_out = self._features(self.holdout)
         scores = {
             "holdout/feature_std": feature_std(held_out),
             "holdout/effective_rank": effective_rank(held_out),
         }
-        if self.probe is not None:
+        if self.probe is not None and self.bank is not None:
             labels = self.holdout.labels.to(held_out.device)
             bank = self._features(self.bank)
             bank_labels = self.bank.labels.to(held_out.device)
-            votes = knn_votes(held_out, bank, bank_labels, self.classes, KNN_SETTINGS)
+            votes = knn_votes(held_out, bank, bank_labels, self.bank.num_classes, KNN_SETTINGS)
             for (k, temperature), vote in votes.items():
                 scores[f"holdout/knn_k{k}_t{temperature:g}"] = top_accuracy(vote, labels)
             scores["holdout/probe"] = top_accuracy(self.probe.linear(held_out), labels)
@@ -158,7 +166,14 @@ class RunLog:
     """
 
     def __init__(
-        self, config: LogConfig, run_dir: Path, ranks: Ranks, *, total_steps: int, batch_size: int, recipe: Any
+        self,
+        config: LogConfig,
+        run_dir: Path,
+        ranks: Ranks,
+        *,
+        total_steps: int,
+        batch_size: int,
+        recipe: Any,
     ) -> None:
         self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
         self.active = ranks.is_main
@@ -289,11 +304,11 @@ def effective_rank(features: Tensor) -> float:
     return torch.exp(-(share * share.clamp_min(1e-300).log()).sum()).item()
 
 
-def _spread(source: Source, count: int) -> Source:
+def _spread(source: Source | None, count: int) -> Source | None:
     """At most ``count`` images, evenly spaced over the source."""
-    total = len(source.labels)
-    if total <= count:
+    if source is None or len(source) <= count:
         return source
+    total = len(source)
     return source.select((torch.arange(count) * total) // count)
 
 

@@ -8,9 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def view_similarities(
-    z1: Tensor, z2: Tensor, group: dist.ProcessGroup | None = None
-) -> tuple[Tensor, Tensor]:
+def view_similarities(z1: Tensor, z2: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
     """Mean cosine of the N positive pairs and of all other pairs of the 2N embeddings [N, D], over all ranks.
 
     The second needs no matrix: the sum over all ordered pairs of <a, b> is |Σ a|², from which the 2N

@@ -129,9 +129,7 @@ def load_checkpoint(path: Path, ranks: Ranks) -> RunState:
                 " resume with as many, or use engine.zero_stage=0"
             )
     shards = {_shard_name(name, rank) for name in values["sharded"] for rank in range(values["world_size"])}
-    shared = {
-        file.stem: load_file(file) for file in sorted(path.glob("*.safetensors")) if file.name not in shards
-    }
+    shared = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors")) if file.name not in shards}
     return RunState(values["step"], shared, sharded, values)
 
 

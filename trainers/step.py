@@ -44,9 +44,7 @@ def _one_pass(engine: Engine, method: BaseMethod, batch: ViewBatch, lr: float) -
     return StepResult(_detached(scalars), _detached(embeddings), batch)
 
 
-def _two_passes(
-    engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewBatch], lr: float
-) -> StepResult:
+def _two_passes(engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewBatch], lr: float) -> StepResult:
     device = engine.ranks.device
     states: list[tuple[Tensor, Tensor | None]] = []
     parts: list[dict[str, Tensor]] = []
@@ -64,7 +62,11 @@ def _two_passes(
     leaves = {name: value.detach().requires_grad_() for name, value in embeddings.items()}
     scalars = method.loss(leaves, batch, engine.ranks.group)
     gradients = dict(
-        zip(leaves, torch.autograd.grad(scalars["loss"], list(leaves.values()), allow_unused=True), strict=True)
+        zip(
+            leaves,
+            torch.autograd.grad(scalars["loss"], list(leaves.values()), allow_unused=True),
+            strict=True,
+        )
     )
     pulled = {name: g.split(sizes, dim=1) for name, g in gradients.items() if g is not None}
     for number, micro in enumerate(micro_batches):

@@ -80,9 +80,7 @@ def read_stl10(config: DataConfig, part: Part) -> Stored:
     sizes |= {f"{name}_y.bin": STL10_COUNTS[name] for name in ("train", "test")}
     wrong = [name for name, size in sizes.items() if _file_size(folder / name) != size]
     if wrong and config.download:
-        through_torchvision(
-            config, lambda: STL10(config.folder, download=True), "stl10", STL10.base_folder, page
-        )
+        through_torchvision(config, lambda: STL10(config.folder, download=True), "stl10", STL10.base_folder, page)
         wrong = [name for name, size in sizes.items() if _file_size(folder / name) != size]
     if wrong:
         raise missing(
@@ -93,9 +91,7 @@ def read_stl10(config: DataConfig, part: Part) -> Stored:
         )
 
     def pixels(name: str) -> np.ndarray:  # stored [N, 3, column, row]
-        raw = np.memmap(
-            folder / f"{name}_X.bin", dtype=np.uint8, mode="r", shape=(STL10_COUNTS[name], 3, 96, 96)
-        )
+        raw = np.memmap(folder / f"{name}_X.bin", dtype=np.uint8, mode="r", shape=(STL10_COUNTS[name], 3, 96, 96))
         return raw.transpose(0, 3, 2, 1)
 
     name = "test" if part == "test" else "train"
@@ -144,16 +140,13 @@ def read_skin(config: DataConfig, part: Part) -> Stored:
         raise DataError(f"skin: cannot read {path}: {error}; expected {layout}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
         raise DataError(
-            f"skin: {path} holds x_train {images.dtype} {images.shape} and {len(labels)} labels; "
-            f"expected {layout}"
+            f"skin: {path} holds x_train {images.dtype} {images.shape} and {len(labels)} labels; expected {layout}"
         )
     labels = labels.astype(np.int64)
     if labels.min(initial=0) < 0 or labels.max(initial=0) >= len(SKIN_CLASSES):
         raise DataError(f"skin: {path} holds labels {labels.min()} to {labels.max()}; expected {layout}")
     # BeCLR's split: shuffled, then 85 % for training, not stratified. Rows are put back into stored order.
-    train, test = train_test_split(
-        shuffle(np.arange(len(labels)), random_state=0), train_size=0.85, random_state=0
-    )
+    train, test = train_test_split(shuffle(np.arange(len(labels)), random_state=0), train_size=0.85, random_state=0)
     rows = np.sort(test if part == "test" else train)
     return Stored(
         ArrayImages(images).select(rows), torch.from_numpy(labels[rows]), SKIN_CLASSES, torch.from_numpy(rows)

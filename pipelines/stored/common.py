@@ -105,9 +105,7 @@ def download_or(page: str) -> str:
     return f"set data.download=true, or unpack {page}"
 
 
-def through_torchvision(
-    config: DataConfig, build: Callable[[], Any], name: str, layout: str, page: str
-) -> Any:
+def through_torchvision(config: DataConfig, build: Callable[[], Any], name: str, layout: str, page: str) -> Any:
     """torchvision's data set; its errors become ours."""
     try:
         return build()
@@ -117,7 +115,5 @@ def through_torchvision(
                 f"{name}: downloading to {config.folder.absolute()} failed: {error}; check the network, "
                 f"remove what is incomplete there, or bring the files by hand: {page}"
             ) from error
-        reason = (
-            " (present, but incomplete or altered)" if (config.folder / layout.split("/")[0]).is_dir() else ""
-        )
+        reason = " (present, but incomplete or altered)" if (config.folder / layout.split("/")[0]).is_dir() else ""
         raise missing(name, config.folder, layout + reason, download_or(page)) from error

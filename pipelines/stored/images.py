@@ -62,9 +62,7 @@ class ArrayImages:
     def __init__(self, *parts: np.ndarray, positions: np.ndarray | None = None) -> None:
         for part in parts:
             if part.dtype != np.uint8 or part.ndim != 4 or part.shape[1:] != (*parts[0].shape[1:3], 3):
-                raise DataError(
-                    f"expected uint8 arrays [N, H, W, 3] of one size, got {part.dtype} {part.shape}"
-                )
+                raise DataError(f"expected uint8 arrays [N, H, W, 3] of one size, got {part.dtype} {part.shape}")
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
         self._positions = positions
@@ -121,9 +119,7 @@ class FileImages:
 
     def __init__(self, root: Path, names: Sequence[str] | np.ndarray) -> None:
         self.root = root
-        self.names = (
-            names if isinstance(names, np.ndarray) else np.array([os.fsencode(n) for n in names], dtype="S")
-        )
+        self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(n) for n in names], dtype="S")
         self._size: tuple[int, int] | None = None  # known to be shared
 
     def __len__(self) -> int:
@@ -176,9 +172,7 @@ class FileImages:
             try:
                 facts = os.stat(os.path.join(folder, name))
             except OSError as error:
-                raise DataError(
-                    f"cannot read an image file: {error}; restore it, or open the set again"
-                ) from error
+                raise DataError(f"cannot read an image file: {error}; restore it, or open the set again") from error
             digest.update(name + f"|{facts.st_size}".encode())
             if times:
                 digest.update(f"|{facts.st_mtime_ns}".encode())

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 
 def read_folder(config: DataConfig, part: Part) -> Stored:
-    layout = (
-        "train/<class>/ and val/<class>/ or test/<class>/, or <class>/ alone, or images alone (unlabelled)"
-    )
+    layout = "train/<class>/ and val/<class>/ or test/<class>/, or <class>/ alone, or images alone (unlabelled)"
     how = "set data.root to the folder that holds your images"
     root = config.root.expanduser() if config.root is not None else None
     if root is None:
@@ -91,9 +89,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     wnids = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
     twice = [wnid for wnid, times in Counter(wnids).items() if times > 1]
     if not wnids or twice:
-        raise DataError(
-            f"class list {path}: {'is empty' if not wnids else 'names twice: ' + ', '.join(twice[:5])}"
-        )
+        raise DataError(f"class list {path}: {'is empty' if not wnids else 'names twice: ' + ', '.join(twice[:5])}")
     return tuple(wnids)
 
 
@@ -137,13 +133,13 @@ def read_voc07(config: DataConfig, part: Part) -> Stored:
 
     image_set = "test" if part == "test" else "trainval"
     layout = "VOCdevkit/VOC2007/ with JPEGImages/, Annotations/ and ImageSets/Main/{trainval,test}.txt"
-    page = "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
+    page = (
+        "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2007/"
+    )
     marker, places = f"ImageSets/Main/{image_set}.txt", ("VOCdevkit/VOC2007", "VOC2007", "")
     root = _find(config.folder, places, marker)
     if root is None and config.download:
-        fetch = functools.partial(
-            VOCDetection, config.folder, year="2007", image_set=image_set, download=True
-        )
+        fetch = functools.partial(VOCDetection, config.folder, year="2007", image_set=image_set, download=True)
         through_torchvision(config, fetch, "voc07", layout, page)
         root = _find(config.folder, places, marker)
     if root is None:
@@ -170,9 +166,7 @@ def _voc_labels(path: Path) -> np.ndarray:
             elif labels[column] == 0:
                 labels[column] = -1
     except (OSError, ElementTree.ParseError, ValueError) as error:
-        raise DataError(
-            f"voc07: cannot read the annotation {path}: {error}; unpack the archives again"
-        ) from error
+        raise DataError(f"voc07: cannot read the annotation {path}: {error}; unpack the archives again") from error
     return labels
 
 
@@ -195,9 +189,7 @@ def _class_tree(
         return Stored(FileImages(folder, names), torch.full((len(names),), -1), ())
     unknown = sorted(set(present) - set(classes)) if all_classes else []
     if unknown:
-        raise DataError(
-            f"{name}: {folder} has class folders that the training images do not have: {_some(unknown)}"
-        )
+        raise DataError(f"{name}: {folder} has class folders that the training images do not have: {_some(unknown)}")
 
     there = set(present)
     by_class = [_image_names(folder, wanted) if wanted in there else [] for wanted in classes]
@@ -207,16 +199,12 @@ def _class_tree(
         if folder.name not in ("test", "val") or len(empty) == len(classes):
             raise DataError(f"{report}; add images ({' '.join(EXTENSIONS)}) or remove the classes")
         warnings.warn(report, stacklevel=2)  # a test set may lack a class
-    labels = torch.repeat_interleave(
-        torch.arange(len(classes)), torch.tensor([len(found) for found in by_class])
-    )
+    labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in by_class]))
     return Stored(FileImages(folder, [path for found in by_class for path in found]), labels, tuple(classes))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
-    return tuple(
-        sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-    )
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
 
 
 def _image_names(folder: Path, below: str) -> list[str]:

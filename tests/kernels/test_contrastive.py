@@ -158,9 +158,7 @@ def test_rows_of_zeros_or_almost(temperature):
     for backend in ("tiled", "reference"):
         loss, gradient = loss_and_gradient(z1, z2, temperature=temperature, backend=backend)
         assert error(loss, exact) < 1e-12
-        for found, row in zip(
-            gradient, exact_gradient, strict=True
-        ):  # those of the zeros are 1e12 times larger
+        for found, row in zip(gradient, exact_gradient, strict=True):  # those of the zeros are 1e12 times larger
             assert error(found, row) < 1e-8
 
 

@@ -104,9 +104,7 @@ def test_splits_are_the_same_every_time_and_move_with_the_seed() -> None:
     assert as_list(first) != as_list(other)
     assert first.fingerprint() != other.fingerprint()
     # The test part does not move.
-    assert as_list(open_source(DataConfig(holdout_seed=1), "test")) == as_list(
-        open_source(DataConfig(), "test")
-    )
+    assert as_list(open_source(DataConfig(holdout_seed=1), "test")) == as_list(open_source(DataConfig(), "test"))
 
 
 def test_holdout_share_and_limit_are_counted() -> None:
@@ -257,9 +255,7 @@ def test_cifar20_reads_the_coarse_labels_of_cifar100(tmp_path: Path, monkeypatch
     assert hundred.fingerprint() != whole.fingerprint()  # other labels
 
 
-def test_stl10_agrees_with_torchvision_and_adds_the_unlabelled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stl10_agrees_with_torchvision_and_adds_the_unlabelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     counts = {"train": 20, "unlabeled": 30, "test": 10}
@@ -680,9 +676,7 @@ def test_fingerprints_follow_files_and_not_their_folder(tmp_path: Path) -> None:
         write_tree(tmp_path / name, {"a": 4, "b": 4})
         for path in sorted((tmp_path / name).rglob("*.png")):
             os.utime(path, (1_000_000, 1_000_000))
-        prints.append(
-            open_source(DataConfig(source="folder", root=tmp_path / name), "pretrain").fingerprint()
-        )
+        prints.append(open_source(DataConfig(source="folder", root=tmp_path / name), "pretrain").fingerprint())
     assert prints[0] == prints[1]
     config = DataConfig(source="folder", root=tmp_path / "one")
     os.utime(tmp_path / "one" / "a" / "000.png", (2_000_000, 2_000_000))

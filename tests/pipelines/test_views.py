@@ -18,9 +18,7 @@ N = 4_000
 AT: dict[str, Any] = {"seed": 11, "epoch": 2, "view_index": 1, "size": 32}
 
 
-def _boxes(
-    view: View, height: int, width: int, indices: torch.Tensor | None = None, **at: Any
-) -> torch.Tensor:
+def _boxes(view: View, height: int, width: int, indices: torch.Tensor | None = None, **at: Any) -> torch.Tensor:
     indices = torch.arange(N) if indices is None else indices
     full = torch.full_like(indices, 1)
     return draw_boxes(view, indices=indices, heights=full * height, widths=full * width, **(AT | at))
@@ -64,9 +62,7 @@ def test_override_reaches_augmented_views_only() -> None:
 
 
 def test_custom_plan_and_count() -> None:
-    config = ViewsConfig.model_validate(
-        {"custom": [{"crop": "whole"}, {"crop": "random_resized", "flip": 0.5}]}
-    )
+    config = ViewsConfig.model_validate({"custom": [{"crop": "whole"}, {"crop": "random_resized", "flip": 0.5}]})
     assert len(config.resolve()) == 2
     assert [v.crop for v in config.resolve(4)] == ["whole", "random_resized"] * 2
     assert ViewsConfig(**config.model_dump()) == config

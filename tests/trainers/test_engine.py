@@ -32,8 +32,7 @@ def micro_batches(batch: ViewBatch, ranks: Ranks, accumulation: int) -> list[Vie
     share = BATCH // ranks.world_size
     mine = torch.arange(ranks.rank * share, (ranks.rank + 1) * share)
     return [
-        ViewBatch(batch.views[:, part], batch.labels[part], batch.indices[part])
-        for part in mine.chunk(accumulation)
+        ViewBatch(batch.views[:, part], batch.labels[part], batch.indices[part]) for part in mine.chunk(accumulation)
     ]
 
 
@@ -50,7 +49,10 @@ def train(
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
-    dtypes = [*accelerator.supported_dtypes(), torch.float64]  # its list of what can be reduced leaves double out
+    dtypes = [
+        *accelerator.supported_dtypes(),
+        torch.float64,
+    ]  # its list of what can be reduced leaves double out
     accelerator.supported_dtypes = lambda: dtypes
     world_size = dist.get_world_size()
     alone = world_size == 1
@@ -101,7 +103,11 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 CASES: dict[str, dict[str, Any]] = {
-    f"{optimizer} {batchnorm} {str(dtype)[6:]}": {"optimizer": optimizer, "dtype": dtype, "batchnorm": batchnorm}
+    f"{optimizer} {batchnorm} {str(dtype)[6:]}": {
+        "optimizer": optimizer,
+        "dtype": dtype,
+        "batchnorm": batchnorm,
+    }
     for optimizer in ("sgd", "lars")
     for batchnorm in ("sync", "frozen")
     for dtype in (torch.float32, torch.float64)
@@ -126,10 +132,6 @@ def train_cases(group: dist.ProcessGroup) -> dict[str, dict[str, torch.Tensor]]:
 def results() -> dict[int, list[dict[str, dict[str, torch.Tensor]]]]:
     """All cases by number of ranks; one start-up of DeepSpeed for all of them."""
     return {world_size: run_ranks(world_size, train_cases) for world_size in (1, 2)}
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith(("sgd", "lars"))])

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict
@@ -73,5 +73,6 @@ def find_method(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def build_method(config: MethodConfig, encoder: nn.Module) -> Any:
-    return find_method(config.name).Method(config, encoder)
+def build_method(config: MethodConfig, encoder: nn.Module) -> BaseMethod:
+    method: BaseMethod = find_method(config.name).Method(config, encoder)
+    return method

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kernels import ntxent
 from pipelines.batch import ViewBatch
+from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, MethodConfig
 from trainers.similarity import view_similarities
@@ -32,7 +33,7 @@ class Method(BaseMethod):
         super().__init__()
         self.temperature = config.temperature
         self.encoder = encoder
-        self.projector = build_projector(config.projector, int(encoder.features))
+        self.projector = build_projector(config.projector, feature_width(encoder))
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:
         """views [2, N, 3, H, W] -> features [2, N, d], z [2, N, D]; one forward, so BatchNorm sees both views."""

@@ -1,0 +1,145 @@
+"""Recipes: what is merged, what is refused, and whether the refusal helps."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs.recipe import RecipeError, check_combinations, claim_run_dir, load_recipe
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("epochs: 20\nbatch_size: 64\nviews: {plan: digits}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_recipe_is_valid(path: Path) -> None:
+    assert load_recipe(path).epochs > 0
+
+
+def test_extends_and_overrides_merge_deeply(recipe: Path, tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: mine.yaml\noptim: {name: sgd, lr: 1e-2}\nmethod: {name: simclr, temperature: 0.5}\n")
+    result = load_recipe(child, ["optim.weight_decay=1e-3", "views.size=16", "method.projector.output=32"])
+    assert (result.epochs, result.batch_size, result.views.plan) == (20, 64, "digits")
+    assert (result.optim.name, result.optim.lr, result.optim.weight_decay) == ("sgd", 0.01, 0.001)
+    assert result.views.size == 16
+    assert (result.method.temperature, result.method.projector.output) == (0.5, 32)
+
+
+def test_resolved_recipe_loads_to_the_same_recipe(recipe: Path, tmp_path: Path) -> None:
+    first = load_recipe(recipe, ["optim.name=sgd", "optim.nesterov=true"])
+    path = tmp_path / "resolved.yaml"
+    path.write_text(yaml.safe_dump(first.resolved()))
+    assert load_recipe(path).resolved() == first.resolved()
+    assert load_recipe(path).hash() == first.hash()
+
+
+def test_hash_follows_what_is_trained_not_where_or_how_loudly(recipe: Path) -> None:
+    base = load_recipe(recipe).hash()
+    assert load_recipe(recipe, ["run.dir=elsewhere", "log.every_steps=1"]).hash() == base
+    assert load_recipe(recipe, ["seed=1"]).hash() != base
+    assert load_recipe(recipe).run_dir("mine") == Path("runs") / f"mine-{base}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["epoch=3"], ["epoch=3", "did you mean epochs?"]),
+        (["optim.wieght_decay=0"], ["optim.wieght_decay=0", "did you mean weight_decay?"]),
+        (["method.projector.ouput=3"], ["method.projector.ouput", "did you mean output?"]),
+        (["method.name=simcrl"], ["method.name='simcrl'", "did you mean simclr?"]),
+        (["optim.name=lasr"], ["optim.name='lasr'", "did you mean lars?"]),
+        (["encoder.arch=resnet5"], ["encoder.arch='resnet5'", "did you mean resnet50?"]),
+        (["data.source=cifar"], ["data.source", "cifar10"]),
+        (["views.plan=digit"], ["views.plan", "digits"]),
+        (["views.override={crop_scael: [0.1, 1]}"], ["views", "crop_scale"]),
+        (["epochs=many"], ["epochs='many'", "integer"]),
+        (["epochs=0"], ["epochs=0", "greater than or equal to 1"]),
+        (["optim.lr=-1"], ["optim.lr=-1", "greater than 0"]),
+        (["engine.compile=perhaps"], ["engine.compile='perhaps'", "boolean"]),
+        (["optim=sgd"], ["optim='sgd'"]),
+        (["optim.name=adam", "optim.momentum=0.9"], ["momentum is not used by adam", "lars or sgd"]),
+        (["engine.zero_stage=1"], ["engine.zero_stage=1", "optim.name=lars", "zero_stage=0"]),
+        (["engine.accumulation=3"], ["batch_size=64", "engine.accumulation=3", "63 or 66"]),
+        (["batch_size=2000"], ["batch_size=2000", "1197"]),
+        (["batch_size=1"], ["batch_size=1", "at least 2"]),
+        (["schedule.warmup_epochs=20"], ["schedule.warmup_epochs=20", "epochs=20"]),
+        (["views.plan=mvmr", "views.custom=[{}, {}]"], ["custom"]),
+        (["views.custom=[{}, {}, {}]", "views.plan=simclr"], ["3 views", "simclr"]),
+        (["data.source=folder", "data.root=/nonexistent"], ["/nonexistent"]),
+        (["epochs"], ["'epochs' is not an override", "key.sub=value"]),
+        (["a..b=1"], ["not an override"]),
+        (["epochs=[1"], ["not YAML"]),
+    ],
+)
+def test_refusals_name_the_key_the_value_and_a_way_out(recipe: Path, overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    for part in expected:
+        assert part in str(caught.value), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("epochs: [1", "cannot be read as YAML"),
+        ("- a\n- b", "must hold a mapping"),
+        ("extends: 3", "extends=3"),
+        ("extends: mine.yaml", "extends itself"),
+        ("extends: min.yaml", "does not exist"),
+        ("extend: other.yaml", "did you mean"),
+        ("epochs: 3\noptim: {lr: fast}", "optim.lr='fast'"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=expected.replace("[", r"\[")):
+        load_recipe(path)
+
+
+def test_missing_file_suggests_the_nearest(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"did you mean .*mine\.yaml"):
+        load_recipe(recipe.with_name("mien.yaml"))
+
+
+def test_ranks_must_divide_the_batch(recipe: Path) -> None:
+    loaded = load_recipe(recipe)
+    check_combinations(loaded, world_size=4)
+    with pytest.raises(RecipeError, match="3 ranks"):
+        check_combinations(loaded, world_size=3)
+
+
+def test_a_queue_larger_than_the_set_is_refused() -> None:
+    from trainers.methods import MethodConfig
+
+    class Queued(MethodConfig):
+        name: str = "queued"
+        queue_size: int
+
+    Queued(queue_size=1197).check(images=1197, batch_size=64)
+    with pytest.raises(ValueError, match=r"method\.queue_size=1198 .* at most 1197"):
+        Queued(queue_size=1198).check(images=1197, batch_size=64)
+
+
+def test_an_existing_run_refuses_another_recipe_with_a_diff(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    claim_run_dir(run, load_recipe(recipe))
+    claim_run_dir(run, load_recipe(recipe, ["epochs=30", "log.every_steps=1"]))
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["epochs"] == 30
+    with pytest.raises(RecipeError, match=r"optim\.lr: 0\.3 -> 0\.1"):
+        claim_run_dir(run, load_recipe(recipe, ["optim.lr=0.1"]))
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["optim"]["lr"] == 0.3
+
+
+def test_a_folder_of_something_else_is_not_taken_over(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"")
+    with pytest.raises(RecipeError, match=r"holds no recipe\.yaml"):
+        claim_run_dir(tmp_path / "photos", load_recipe(recipe))

@@ -1,0 +1,66 @@
+"""The small promises of trainers/batchnorm.py; equality over ranks is in test_engine.py."""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tests.distributed import run_ranks
+from trainers.batchnorm import AllReduceBatchNorm, frozen_running_statistics, synchronise_batchnorm
+
+
+def normalise(group: dist.ProcessGroup) -> dict[str, torch.Tensor]:
+    """Output, input gradient, parameter gradients and buffers of this rank's uneven share of a batch."""
+    torch.manual_seed(0)
+    x = 5 + 3 * torch.randn(7, 4, 3, 3, dtype=torch.float64)
+    layer = nn.Sequential(nn.BatchNorm2d(4, momentum=0.3)).double()
+    nn.init.uniform_(layer[0].weight)
+    nn.init.uniform_(layer[0].bias)
+    synchronise_batchnorm(layer, torch.device("cpu"), group)
+    assert isinstance(layer[0], AllReduceBatchNorm)
+    shares = x.split([5, 2]) if dist.get_world_size() == 2 else [x]
+    mine = shares[dist.get_rank()].clone().requires_grad_()
+    out = layer(mine)
+    (out**3).sum().backward()
+    for p in layer.parameters():
+        dist.all_reduce(p.grad)
+    buffers = {name: b.clone() for name, b in layer.named_buffers()}
+    return {
+        "out": out.detach(),
+        "x": mine.grad,
+        "w": layer[0].weight.grad,
+        "b": layer[0].bias.grad,
+        **buffers,
+    }
+
+
+def test_uneven_ranks_against_pytorchs_batchnorm() -> None:
+    torch.manual_seed(0)
+    x = (5 + 3 * torch.randn(7, 4, 3, 3, dtype=torch.float64)).requires_grad_()
+    layer = nn.BatchNorm2d(4, momentum=0.3).double()
+    nn.init.uniform_(layer.weight)
+    nn.init.uniform_(layer.bias)
+    out = layer(x)
+    (out**3).sum().backward()
+    ranks = run_ranks(2, normalise)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(torch.cat([r["out"] for r in ranks]), out.detach(), **close)
+    torch.testing.assert_close(torch.cat([r["x"] for r in ranks]), x.grad, **close)
+    for r in ranks:
+        torch.testing.assert_close(r["w"], layer.weight.grad, **close)
+        torch.testing.assert_close(r["b"], layer.bias.grad, **close)
+        torch.testing.assert_close(r["0.running_mean"], layer.running_mean, **close)
+        torch.testing.assert_close(r["0.running_var"], layer.running_var, **close)
+        assert r["0.num_batches_tracked"] == 1
+
+
+def test_frozen_running_statistics() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3)
+    layer, reference = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    before = {n: b.clone() for n, b in layer.named_buffers()}
+    with frozen_running_statistics(layer):
+        out = layer(x)
+    assert all(torch.equal(b, before[n]) for n, b in layer.named_buffers())
+    assert torch.equal(out, reference(x)), "the batch is still normalised by its own statistics"
+    layer(x)
+    assert not torch.equal(layer.running_mean, before["running_mean"])

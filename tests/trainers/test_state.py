@@ -1,0 +1,135 @@
+"""Checkpoint folders: round trip, damage, half-written drafts, how many are kept."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainers.engine import Ranks
+from trainers.state import (
+    CheckpointError,
+    RunState,
+    damage,
+    find_checkpoint,
+    load_checkpoint,
+    load_strict,
+    save_checkpoint,
+)
+
+ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
+
+
+def state(step: int) -> RunState:
+    generator = torch.Generator().manual_seed(step)
+    return RunState(
+        step,
+        shared={"method": {"w": torch.randn(3, 4, generator=generator).t(), "n": torch.tensor(step)}},
+        sharded={"generators": {"cpu": torch.get_rng_state()}},
+        values={"note": "a"},
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = state(7)
+    path = save_checkpoint(tmp_path, written, ALONE, keep=3)
+    assert path.name == "step-00000007"
+    assert (tmp_path / "checkpoints/last").resolve() == path.resolve()
+    read = load_checkpoint(path, ALONE)
+    assert read.step == 7
+    assert read.values["note"] == "a"
+    for name, value in written.shared["method"].items():
+        assert torch.equal(read.shared["method"][name], value)
+    assert torch.equal(read.sharded["generators"]["cpu"], written.sharded["generators"]["cpu"])
+
+
+def test_only_the_newest_are_kept_and_last_follows(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, state(step), ALONE, keep=2)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["last", "step-00000003", "step-00000004"]
+    assert (tmp_path / "checkpoints/last").resolve().name == "step-00000004"
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda p: (p / "method.safetensors").write_bytes(b"x"), "checksum of method.safetensors"),
+        (lambda p: (p / "method.safetensors").unlink(), "method.safetensors"),
+        (lambda p: (p / "state.json").write_text("{}"), "checksum of state.json"),
+        (lambda p: (p / "manifest.json").unlink(), "manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("{"), "manifest.json"),
+        (lambda p: (p / "manifest.json").write_text("[]"), "manifest"),
+        (lambda p: (p / "extra").write_text("?"), "extra"),
+    ],
+)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path, harm, reason: str) -> None:
+    save_checkpoint(tmp_path, state(1), ALONE, keep=3)
+    newest = save_checkpoint(tmp_path, state(2), ALONE, keep=3)
+    harm(newest)
+    assert reason in (damage(newest) or "")
+    with pytest.warns(UserWarning, match="step-00000002 is damaged"):
+        found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000001"
+
+
+def test_one_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state(1), ALONE, keep=3)
+    data = bytearray((path / "method.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "method.safetensors").write_bytes(data)
+    assert damage(path) is not None
+
+
+def test_a_half_written_draft_is_no_checkpoint(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, state(1), ALONE, keep=3)
+    draft = tmp_path / "checkpoints/.step-00000002.tmp"
+    draft.mkdir()
+    (draft / "method.safetensors").write_bytes(b"half")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = find_checkpoint(tmp_path)
+    assert found is not None
+    assert found.name == "step-00000001"
+    save_checkpoint(tmp_path, state(2), ALONE, keep=3)
+    assert damage(tmp_path / "checkpoints/step-00000002") is None
+
+
+def test_saving_over_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state(5), ALONE, keep=3)
+    (path / "state.json").write_text("")
+    save_checkpoint(tmp_path, state(5), ALONE, keep=3)
+    assert damage(path) is None
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000005"]
+
+
+def test_nothing_found_in_an_empty_folder(tmp_path: Path) -> None:
+    assert find_checkpoint(tmp_path) is None
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, state(1), ALONE, keep=3)
+    values = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps({**values, "format": 99}))
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(path, ALONE)
+
+
+def test_zero_shards_need_the_same_number_of_ranks(tmp_path: Path) -> None:
+    written = state(1)
+    written.sharded["optimizer"] = {"group0::momentum_buffer": torch.zeros(3)}
+    path = save_checkpoint(tmp_path, written, ALONE, keep=3)
+    with pytest.raises(CheckpointError, match="ZeRO shards of 1 ranks, this run has 2"):
+        load_checkpoint(path, Ranks(0, 2, torch.device("cpu"), None, None))
+
+
+def test_loading_is_strict_and_says_what_differs() -> None:
+    module = torch.nn.Linear(2, 3)
+    load_strict(module, {"weight": torch.ones(3, 2), "bias": torch.ones(3)}, "x")
+    assert torch.equal(module.weight.detach(), torch.ones(3, 2))
+    with pytest.raises(CheckpointError) as caught:
+        load_strict(module, {"weight": torch.ones(3, 4), "bais": torch.ones(3)}, "some/file")
+    for part in ("some/file", "missing bias", "unexpected bais", "weight is [3, 4], expected [3, 2]"):
+        assert part in str(caught.value)
