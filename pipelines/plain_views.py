@@ -18,13 +18,15 @@ _SMALL = 64  # small images are shown whole; larger ones lose their rim, as in t
 
 def plain_batches(source: Source, size: int, batch_size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield (images [B, 3, size, size] normalised channels_last, positions [B]) over the whole source, in order."""
-    share = 1.0 if size <= _SMALL else 224 / 256
+    outer = size if size <= _SMALL else round(size * 256 / 224)
+    rim = (outer - size) // 2
     with ThreadPoolExecutor(max_workers=4) as pool:
         for start in range(0, len(source.images), batch_size):
             positions = torch.arange(start, min(start + batch_size, len(source.images)))
             canvas, sizes = stack_images(source, positions, pool)
-            boxes = center_boxes(sizes[:, 0], sizes[:, 1], share)
-            crops = crop_resize(canvas.to(device), boxes, size, sizes=sizes)
+            boxes = center_boxes(sizes[:, 0], sizes[:, 1])
+            resized = crop_resize(canvas.to(device), boxes, outer, sizes=sizes)
+            crops = resized[:, rim : rim + size, rim : rim + size].contiguous()
             params = PhotometricParams.identity(len(positions))
             yield photometric(crops, params, mean=source.mean, std=source.std), positions
 

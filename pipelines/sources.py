@@ -39,7 +39,6 @@ __all__ = [
     "Split",
     "decode",
     "describe",
-    "image_size",
     "open_source",
 ]
 
@@ -60,7 +59,6 @@ class DataConfig(BaseModel):
     # At most this many images in `train` and in `pretrain`: for smoke runs.
     limit: int | None = Field(default=None, ge=1)
     class_list: Path | None = None  # with source=imagenet: a file with one wnid a line
-    image_size: int | None = Field(default=None, ge=1)  # in place of the size the set's field trains at
 
     @property
     def folder(self) -> Path:
@@ -159,7 +157,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
         stored = known.read(config, _part(known, split))
         rows = _rows(config, known, split, stored.labels.numpy())
     # Measured on the whole training part, so that they depend neither on the split nor on the hold-out.
-    measured = known.statistics is None or (config.image_size or known.image_size) is None
+    measured = known.statistics is None or known.image_size is None
     train = known.read(config, "train") if split == "test" and measured else stored
     mean, std = known.statistics or measured_statistics(train.images)
     whole = Source(
@@ -169,7 +167,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
         labels=stored.labels,
         ids=torch.arange(len(stored.images)) if stored.ids is None else stored.ids,
         classes=stored.classes,
-        image_size=config.image_size or known.image_size or _side(train.images),
+        image_size=known.image_size or _side(train.images),
         mean=mean,
         std=std,
     )
@@ -207,7 +205,7 @@ def describe(config: DataConfig) -> Description:
             "holdout": held or None,
             "test": known.fixed.test,
         }
-        return Description(config.source, counts, known.fixed.classes, image_size(config))
+        return Description(config.source, counts, known.fixed.classes, known.image_size or 0)
 
     counts = {}
     stored = known.read(config, "train")
@@ -220,14 +218,8 @@ def describe(config: DataConfig) -> Description:
                 counts[split] = len(_rows(config, known, split, labels))
         except DataError:
             counts[split] = None
-    size = config.image_size or known.image_size or _side(stored.images)
+    size = known.image_size or _side(stored.images)
     return Description(config.source, counts, len(stored.classes), size)
-
-
-def image_size(config: DataConfig) -> int:
-    """The side, in pixels, that views of this set are cut to. Looks into a `folder`, and at no other set."""
-    known = SETS[config.source]
-    return config.image_size or known.image_size or _side(known.read(config, "train").images)
 
 
 def _side(images: Images) -> int:

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed import run_ranks
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import contrastive, ntxent
+from tests.distributed import run_ranks
 
 CASES = [  # N, D, rows and columns of a tile
     (1, 8, 256, 256),

@@ -7,7 +7,6 @@ import hashlib
 import os
 import pickle
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import shuffle
 
 from pipelines import sources
-from pipelines.sources import DataConfig, DataError, Source, decode, describe, image_size, open_source
+from pipelines.sources import DataConfig, DataError, Source, decode, describe, open_source
 from pipelines.stored import arrays
 from pipelines.stored.images import ArrayImages, FileImages, stored_size
 
@@ -139,7 +138,7 @@ def test_a_wrong_source_names_the_nearest(wrong: str, nearest: str) -> None:
 
 
 def test_config_refuses_what_makes_no_sense() -> None:
-    for bad in ({"holdout": 1.0}, {"holdout": -0.1}, {"limit": 0}, {"sauce": "digits"}, {"image_size": 0}):
+    for bad in ({"holdout": 1.0}, {"holdout": -0.1}, {"limit": 0}, {"sauce": "digits"}):
         with pytest.raises(ValidationError):
             DataConfig(**bad)
     with pytest.raises(ValidationError, match="class_list"):
@@ -425,15 +424,14 @@ def test_folder_size_and_statistics_are_measured(tmp_path: Path) -> None:
     config = DataConfig(source="folder", root=tmp_path)
     source = open_source(config, "holdout")
     assert source.images.size == (14, 20)
-    assert source.image_size == image_size(config) == describe(config).image_size == 14
+    assert source.image_size == describe(config).image_size == 14
     values = np.stack(pixels).reshape(-1, 3) / 255
     assert source.mean == pytest.approx(values.mean(0))
     assert source.std == pytest.approx(values.std(0))
 
     write_image(tmp_path / "a" / "odd.png", size=(21, 14))
     assert open_source(config, "train").images.size is None
-    assert image_size(config) == 224
-    assert image_size(DataConfig(source="folder", root=tmp_path, image_size=40)) == 40
+    assert describe(config).image_size == 224
 
 
 @pytest.fixture
@@ -719,7 +717,7 @@ def test_description_agrees_with_what_is_opened(tmp_path: Path) -> None:
 
 
 def test_real_cifar10_folder() -> None:
-    config = real("cifar10-jpeg").model_copy(update={"image_size": 32})  # saves reading 50,000 headers
+    config = real("cifar10-jpeg")
     train, held, test = (open_source(config, split) for split in ("train", "holdout", "test"))
     assert (len(train), len(held), len(test)) == (45_000, 5_000, 10_000)
     assert held.labels.bincount().tolist() == [500] * 10
@@ -734,9 +732,7 @@ def test_real_cifar10_folder() -> None:
 
 def test_real_photographs_of_many_sizes() -> None:
     config = real("imagenet-sample")
-    start = time.process_time()
     facts = describe(config)
-    assert time.process_time() - start < 5  # headers only, and no more than it takes to see that sizes differ
     assert (facts.counts["pretrain"], facts.num_classes, facts.image_size) == (500, 500, 224)
     assert facts.counts["holdout"] is None  # one image a class
     source = open_source(config, "train")
