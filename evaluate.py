@@ -41,8 +41,8 @@ class Settings(BaseModel):
 
     labels: str = "all"  # or 10%, 1%, 10-per-class
     seeds: int = Field(3, ge=1)  # label subsets to average over; one is enough where all labels are used
-    k: tuple[int, ...] = (10, 20, 100, 200)  # knn
-    temperature: tuple[float, ...] = (0.07, 0.1)  # knn
+    k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20, 100, 200)  # knn
+    temperature: tuple[Annotated[float, Field(gt=0)], ...] = (0.07, 0.1)  # knn
     seed: int = 0  # of a random encoder
     size: int | None = Field(None, ge=1)  # pixels, for baselines; a trained encoder knows its own
     data: dict[str, Any] = {}
@@ -194,10 +194,10 @@ def compare_baselines(job: Job, few: str) -> dict[str, Any]:
     ]
     columns: dict[str, tuple[Callable[[Job], dict[str, Any]], str]] = {
         "kNN": (score_knn, "all"),
-        "linear, all labels": (score_linear, "all"),
-        f"linear, {few.replace('-per-class', ' labels per class')}": (score_linear, few),
+        "linear": (score_linear, "all"),
+        f"linear, {few.replace('-per-class', ' per class')}": (score_linear, few),
     }
-    table = Table(title=f"Test top-1 (%) on {train.name}")
+    table = Table(title=f"Test top-1 (%) on {train.name}\npretrained: {trained.label}")
     table.add_column("features")
     for column in columns:
         table.add_column(column, justify="right")
@@ -210,7 +210,7 @@ def compare_baselines(job: Job, few: str) -> dict[str, Any]:
             results.append(result)
             error = result["standard_error"]
             cells.append(f"{result['value']:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
-        table.add_row(encoder.label, *cells)
+        table.add_row("pretrained encoder" if encoder is trained else encoder.label, *cells)
     console.print(table)
     for result in results[: len(columns)]:
         console.print(f"{result['protocol']}, {result['labels']} labels: {result['description']}", style="dim")
