@@ -17,7 +17,7 @@ quickstart: $(VENV)/.base
 	@echo "curves: $(BIN)/tensorboard --logdir runs/quickstart/tensorboard   rows: runs/quickstart/metrics.jsonl"
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(if $(wildcard $(VENV)/.without-ffcv),TWINSTREAM_WITHOUT_FFCV=1) $(BIN)/python -m pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -40,9 +40,10 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 
 # FFCV comes as source and is built against OpenCV and libturbojpeg; tools/ffcv_libraries.sh finds or installs them.
 $(VENV)/.dev: pyproject.toml tools/ffcv_libraries.sh | $(VENV)/bin/python
+	rm -f $(VENV)/.without-ffcv
 	if sh tools/ffcv_libraries.sh; then \
 	  $(BIN)/pip install -q -e '.[dali,ffcv,dev]'; \
 	else \
-	  $(BIN)/pip install -q -e '.[dali,dev]'; \
+	  touch $(VENV)/.without-ffcv && $(BIN)/pip install -q -e '.[dali,dev]'; \
 	fi
 	touch $@ $(VENV)/.base
