@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -119,6 +120,8 @@ def check_combinations(recipe: Recipe, world_size: int) -> None:
         raise
     except ValueError as error:  # DataError among them
         raise RecipeError(str(error)) from error
+    if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("log.wandb=true, but wandb is not installed: pip install wandb, or set log.wandb=false")
     total = recipe.epochs * (images // batch)
     if recipe.schedule.warmup_epochs >= recipe.epochs:
         raise RecipeError(

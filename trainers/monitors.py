@@ -325,10 +325,8 @@ def _readable_rows(path: Path) -> list[str]:
 
 
 def _start_wandb(run_dir: Path, recipe: Any) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise RuntimeError("log.wandb is on but wandb is not installed: pip install wandb") from error
+    import wandb
+
     return wandb.init(project="twinstream", id=run_dir.name, dir=str(run_dir), config=recipe, resume="allow")
 
 

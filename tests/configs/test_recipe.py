@@ -116,6 +116,13 @@ def test_ranks_must_divide_the_batch(recipe: Path) -> None:
         check_combinations(loaded, world_size=3)
 
 
+def test_wandb_must_be_there_if_asked_for(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("configs.recipe.importlib.util.find_spec", lambda name: None)
+    load_recipe(recipe, ["log.wandb=false"])
+    with pytest.raises(RecipeError, match="pip install wandb"):
+        load_recipe(recipe, ["log.wandb=true"])
+
+
 def test_a_queue_larger_than_the_set_is_refused() -> None:
     from trainers.methods import MethodConfig
 
