@@ -21,9 +21,10 @@ from pipelines.sources import DataError, describe, open_source
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
 from trainers.methods import build_method
-from trainers.monitors import Monitor, RunLog
+from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
+from trainers.runlog import RunLog
 from trainers.state import CheckpointError
 
 

@@ -23,8 +23,9 @@ from pipelines.views import ViewsConfig
 from trainers.encoders import EncoderConfig
 from trainers.engine import EngineConfig
 from trainers.methods import MethodConfig, find_method, method_names
-from trainers.monitors import LogConfig, MonitorConfig
+from trainers.monitors import MonitorConfig
 from trainers.optim import OptimConfig, ScheduleConfig
+from trainers.runlog import LogConfig
 from trainers.state import CheckpointConfig
 
 _FREE_TO_CHANGE = ("run", "epochs", "log", "checkpoint")  # in an existing run

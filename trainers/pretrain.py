@@ -17,7 +17,8 @@ from pipelines.batch import ViewBatch
 from pipelines.resident import ResidentLoader
 from trainers.engine import Engine
 from trainers.methods import BaseMethod
-from trainers.monitors import Monitor, RunLog
+from trainers.monitors import Monitor
+from trainers.runlog import RunLog
 from trainers.state import (
     CheckpointConfig,
     RunState,

@@ -1,0 +1,180 @@
+"""Where a run is written: ``metrics.jsonl``, TensorBoard, the terminal, and Weights & Biases if asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from trainers.engine import Ranks
+
+
+class LogConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_steps: int = Field(10, ge=1)
+    wandb: bool = False
+
+
+class RunLog:
+    """Averages scalars on the device and writes them, every so many steps, to all that listen.
+
+    ``metrics.jsonl`` and TensorBoard always, a line on the terminal, Weights & Biases if asked for. Keys that depend
+    on the machine's speed begin with ``time/``; all others are equal in two equal runs.
+    """
+
+    def __init__(
+        self,
+        config: LogConfig,
+        run_dir: Path,
+        ranks: Ranks,
+        *,
+        total_steps: int,
+        batch_size: int,
+        recipe: Any,
+    ) -> None:
+        self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
+        self.active = ranks.is_main
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._interval_start = time.perf_counter()
+        self._waited = 0.0
+        self._interval_steps = 0
+        self._path = run_dir / "metrics.jsonl"
+        self._run_dir = run_dir
+        self._recipe = recipe
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def open(self, step: int) -> None:
+        """Start writing after ``step``; rows of steps that a resumed run will do again are dropped."""
+        if not self.active:
+            return
+        if self._path.exists():
+            rows = [row for row in _readable_rows(self._path) if json.loads(row)["step"] <= step]
+            draft = self._path.with_suffix(".tmp")
+            draft.write_text("".join(rows))
+            draft.replace(self._path)
+        self._file = self._path.open("a")
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._wandb = _start_wandb(self._run_dir, self._recipe) if self.config.wandb else None
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task("pretraining", total=self.total_steps, completed=step)
+            self._progress.start()
+
+    def close(self) -> None:
+        if not self.active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        self._file.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def restart_clock(self) -> None:
+        """Leave out of the throughput what was not training: evaluation, checkpoints, start-up."""
+        self._interval_start, self._waited, self._interval_steps = time.perf_counter(), 0.0, 0
+
+    def add(self, scalars: dict[str, Tensor], waited: float) -> None:
+        """Take in one step's scalars (device tensors, not read here) and the seconds spent waiting for its data."""
+        for name, value in scalars.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+        self._interval_steps += 1
+        self._waited += waited
+        if self._progress is not None:
+            self._progress.advance(self._task)
+
+    def write_step(self, step: int, epoch: float, lr: float) -> dict[str, float]:
+        """The mean of all scalars since the last call, as one row and one line; returns it on every rank."""
+        row = {f"train/{name}": float(total) / self._steps for name, total in self._sums.items()}
+        row["train/lr"] = lr
+        seconds = time.perf_counter() - self._interval_start
+        if self._interval_steps:
+            rate = self._interval_steps * self.batch_size / seconds
+            wait = self._waited / seconds
+            row |= {"time/images_per_second": rate, "time/data_wait": wait}
+            eta = (self.total_steps - step) * seconds / self._interval_steps
+            if self.active:
+                self._say(
+                    f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {row['train/loss']:.4f}  lr {lr:.3g}"
+                    f"  {rate:,.0f} images/s  data wait {wait:.0%}  ETA {_clock(eta)}"
+                )
+        self._sums, self._steps = {}, 0
+        self.restart_clock()
+        self.write(step, epoch, row)
+        return row
+
+    def write(self, step: int, epoch: float, row: dict[str, float]) -> None:
+        if not self.active:
+            return
+        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+        if self._wandb is not None:
+            self._wandb.log({"epoch": epoch, **row}, step=step)
+
+    def write_scores(self, step: int, epoch: float, scores: dict[str, float]) -> None:
+        """Held-out scores, as one row and one line."""
+        self.write(step, epoch, scores)
+        if self.active and scores:
+            shown = "  ".join(f"{name.removeprefix('holdout/')} {value:.4g}" for name, value in scores.items())
+            self._say(f"held-out at epoch {epoch:.2f}:  {shown}")
+
+    def say(self, text: str) -> None:
+        if self.active:
+            self._say(text)
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums that a checkpoint between two rows would otherwise lose."""
+        return {**self._sums, "::steps": torch.tensor(self._steps)}
+
+    def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        self._steps = int(tensors["::steps"])
+        self._sums = {name: value.to(device) for name, value in tensors.items() if name != "::steps"}
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+
+def _readable_rows(path: Path) -> list[str]:
+    """The complete rows of a jsonl file whose last line a kill may have cut short."""
+    rows = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        rows.append(line if line.endswith("\n") else line + "\n")
+    return rows
+
+
+def _start_wandb(run_dir: Path, recipe: Any) -> Any:
+    import wandb
+
+    return wandb.init(project="twinstream", id=run_dir.name, dir=str(run_dir), config=recipe, resume="allow")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
