@@ -1,11 +1,12 @@
 """Score an encoder: ``python evaluate.py {knn,linear,compare} RUN_OR_WEIGHTS [--data …] [key=value …]``.
 
 Each command prints a table with its protocol and ends with one JSON line. Settings are chosen on the held-out part of
-the training images; the test split is scored once, whole.
+the training images, never on test, which is always scored whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -126,8 +127,12 @@ def _prepare(target: Path | None, overrides: list[str] | None, data: str | None,
         base = encoder.data.model_dump(exclude_none=True)
     if not base and not settings.data:
         raise RecipeError("--data is needed: the name of a data source, or a recipe")
+    if encoder is not None and (settings.size is not None or "encoder" in settings.model_fields_set):
+        raise RecipeError("size and encoder are for --baseline; a trained encoder knows its own")
     config = _validated(DataConfig, {**base, **settings.data}, "data")
     device = settings.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device=cuda, but no CUDA device is available; choose auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if encoder is None:
@@ -173,12 +178,14 @@ def _publish(job: Job, result: dict[str, Any]) -> None:
             table.add_row(str(run["labels"]), setting, f"{run['top1']:.2f}", top5)
         console.print(table)
         console.print(result["description"], style="dim")
+        if any(run.get("l2_at_edge_of_grid") for run in result["runs"]):
+            console.print("the L2 strength chosen is the smallest or largest tried", style="yellow")
     folder = job.encoder.folder
     folder.mkdir(parents=True, exist_ok=True)
-    name = "-".join(
-        [result["protocol"], job.data.source, result["labels"].replace("%", "pct"), job.encoder.identity[:8]]
-    )
-    path = folder / f"{name}.json"
+    told_apart_by = [job.encoder.identity, job.settings.model_dump_json(), job.data.model_dump_json()]
+    digest = hashlib.sha256(json.dumps(told_apart_by).encode()).hexdigest()[:8]
+    budget = Path(result["labels"]).stem.replace("%", "pct")
+    path = folder / f"{result['protocol']}-{job.data.source}-{budget}-{digest}.json"
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(result, indent=1))
     draft.replace(path)

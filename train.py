@@ -6,12 +6,11 @@ Under torchrun or deepspeed the batch is spread over all ranks.
 
 from __future__ import annotations
 
-import random
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import typer
 
@@ -25,15 +24,14 @@ from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
-from trainers.state import CheckpointError
+from trainers.state import CheckpointError, locked
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
     """All parts of a run, each from its own section of the recipe."""
-    random.seed(recipe.seed)
-    np.random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     source = open_source(recipe.data, "pretrain")
+    counts = describe(recipe.data).counts
     size = recipe.views.size or source.image_size
     loader = ResidentLoader(
         source,
@@ -58,8 +56,8 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
     monitor = Monitor(
         recipe.monitor,
         method.encoder,
-        open_source(recipe.data, "train") if describe(recipe.data).counts["train"] else None,
-        open_source(recipe.data, "holdout") if describe(recipe.data).counts["holdout"] else None,
+        open_source(recipe.data, "train") if counts["train"] else None,
+        open_source(recipe.data, "holdout") if counts["holdout"] else None,
         size=size,
         batch_size=recipe.batch_size,
         ranks=ranks,
@@ -96,17 +94,31 @@ def main(
     try:
         recipe = load_recipe(recipe_path, overrides or [])
         directory = recipe.run_dir(recipe_path.stem)
-        with joined_ranks(recipe.engine) as ranks:
-            if ranks.is_main:
-                claim_run_dir(directory, recipe)
-            ranks.barrier()
+        with joined_ranks(recipe.engine) as ranks, ExitStack() as held:
+            # Rank 0 alone downloads and claims; what it cannot do, all ranks report alike.
+            failure, remark = ranks.from_main(_begin(recipe, directory, held) if ranks.is_main else (None, None))
+            if failure is not None:
+                raise RecipeError(failure)
             run = build_run(recipe, directory, ranks)
-            run.log.say(f"{directory}: {run.loader.source.name}, {len(run.loader.labels)} images")
+            run.log.say(f"{directory}: {run.loader.source.name}, {len(run.loader.source)} images")
+            if remark is not None:
+                run.log.say(remark)
             code = pretrain(run)
     except (RecipeError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     raise typer.Exit(code)
+
+
+def _begin(recipe: Recipe, directory: Path, held: ExitStack) -> tuple[str | None, str | None]:
+    """Rank 0's part of the start: (what is wrong, a remark for the user). ``held`` keeps the folder's lock."""
+    try:
+        open_source(recipe.data, "pretrain")
+        remark = claim_run_dir(directory, recipe)
+        held.enter_context(locked(directory))
+        return None, remark
+    except (RecipeError, DataError, CheckpointError) as error:
+        return str(error), None
 
 
 if __name__ == "__main__":

@@ -16,39 +16,37 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError, create_model
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
 
-from pipelines.sources import DataConfig, describe
+from pipelines.config import Section
+from pipelines.sources import DataConfig, DataError, describe
 from pipelines.views import ViewsConfig
 from trainers.encoders import EncoderConfig
 from trainers.engine import EngineConfig
 from trainers.methods import MethodConfig, find_method, method_names
 from trainers.monitors import MonitorConfig
-from trainers.optim import OptimConfig, ScheduleConfig
+from trainers.optim import OptimConfig, ScheduleConfig, build_schedule
 from trainers.runlog import LogConfig
 from trainers.state import CheckpointConfig
 
-_FREE_TO_CHANGE = ("run", "epochs", "log", "checkpoint")  # in an existing run
+# What does not change what is trained: left out of the hash, and free to change in an existing run.
+_ASIDE = ("run", "log", "checkpoint", "data.root", "data.download", "engine.timeout")
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is for the person who wrote it."""
 
 
-class RunConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class RunConfig(Section):
     dir: Path | None = None  # None: runs/<recipe's name>-<hash of the resolved recipe>
 
 
-class Recipe(BaseModel):
+class Recipe(Section):
     """All settings of a run. ``load_recipe`` puts the chosen method's own config type in ``method``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    seed: int = Field(0, ge=0)
-    epochs: int = Field(100, ge=1)
-    batch_size: int = Field(256, ge=1)  # images a step, of all ranks and micro-batches together
+    seed: int = Field(0, ge=0, lt=2**62)
+    epochs: int = Field(100, ge=1, le=10**6)
+    batch_size: int = Field(256, ge=1, le=10**7)  # images a step, of all ranks and micro-batches together
     data: DataConfig = DataConfig()
     views: ViewsConfig = ViewsConfig()
     encoder: EncoderConfig = EncoderConfig()
@@ -66,8 +64,11 @@ class Recipe(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
     def hash(self) -> str:
-        """Eight hex digits of everything but the run folder and the logging."""
-        settings = {key: value for key, value in self.resolved().items() if key not in ("run", "log")}
+        """Eight hex digits of all that decides what is trained."""
+        settings = self.resolved()
+        for key in _ASIDE:
+            section, _, name = key.partition(".")
+            settings[section].pop(name, None) if name else settings.pop(section, None)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
     def run_dir(self, stem: str) -> Path:
@@ -102,62 +103,89 @@ def check_combinations(recipe: Recipe, world_size: int) -> None:
             f"batch_size={batch} cannot be divided over {world_size} ranks × engine.accumulation="
             f"{engine.accumulation}; the nearest that can: {nearest}"
         )
+    if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError("log.wandb=true, but wandb is not installed: pip install wandb, or set log.wandb=false")
     plan = recipe.views.resolve()
     if len(plan) != recipe.method.views:
         raise RecipeError(
             f"views.plan={recipe.views.plan} makes {len(plan)} views, method.name={recipe.method.name} takes"
             f" {recipe.method.views}"
         )
+    _check_against_data(recipe, parts)
+
+
+def _check_against_data(recipe: Recipe, parts: int) -> None:
     try:
-        facts = describe(recipe.data)
-        images = facts.counts["pretrain"] or 0
-        if batch > images:
-            raise RecipeError(
-                f"batch_size={batch} is larger than the {images} training images of {facts.source}; at most"
-                f" {images // parts * parts}"
-            )
-        recipe.method.check(images=images, batch_size=batch)
-    except RecipeError:
-        raise
-    except ValueError as error:  # DataError among them
+        facts = describe(recipe.data.model_copy(update={"download": False}))
+    except DataError as error:
+        if recipe.data.download:  # not here yet; the loader checks again
+            return
         raise RecipeError(str(error)) from error
-    if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise RecipeError("log.wandb=true, but wandb is not installed: pip install wandb, or set log.wandb=false")
-    total = recipe.epochs * (images // batch)
-    if recipe.schedule.warmup_epochs >= recipe.epochs:
+    images, batch = facts.counts["pretrain"] or 0, recipe.batch_size
+    if batch > images:
         raise RecipeError(
-            f"schedule.warmup_epochs={recipe.schedule.warmup_epochs:g} leaves nothing of epochs={recipe.epochs}"
-            f" ({total} steps); choose fewer than {recipe.epochs}"
+            f"batch_size={batch} is larger than the {images} training images of {facts.source}; at most"
+            f" {images // parts * parts}"
         )
+    size = recipe.views.size or facts.image_size
+    for view in recipe.views.resolve():
+        if view.blur and view.kernel(size) // 2 >= size:
+            raise RecipeError(
+                f"blur_kernel={view.kernel(size)} is too large for views of {size} pixels; at most {2 * size - 1}"
+            )
+    steps = images // batch
+    try:
+        recipe.method.check(images=images, batch_size=batch)
+        build_schedule(recipe.schedule, 1.0, steps, recipe.epochs * steps)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
-def claim_run_dir(run_dir: Path, recipe: Recipe) -> None:
+def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
     """Create the run folder with its ``recipe.yaml``, or make sure that an existing one is the same run.
 
+    While there is no checkpoint anything may still change; afterwards only what does not change the training, and
+    ``epochs``, upwards. Returns a remark for the user, if there is one to make.
+
     Raises:
-        RecipeError: the folder holds a run of another recipe; the message lists the differences.
+        RecipeError: the folder holds a run of another recipe (the message lists the differences), or is not usable.
     """
     path = run_dir / "recipe.yaml"
     new = recipe.resolved()
-    if path.exists():
-        old = yaml.safe_load(path.read_text()) or {}
-        lines = [
-            f"  {key}: {before} -> {now}"
-            for key, before, now in _differences(old, new)
-            if key.split(".")[0] not in _FREE_TO_CHANGE
-        ]
-        if lines:
-            raise RecipeError(
-                f"{run_dir} holds a run of another recipe:\n"
-                + "\n".join(lines)
-                + "\nset run.dir to a new folder, or take the changes back"
-            )
-    elif run_dir.exists() and any(run_dir.iterdir()):
-        raise RecipeError(f"{run_dir} is not empty and holds no recipe.yaml; set run.dir to a new folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    draft = run_dir / ".recipe.yaml.tmp"
-    draft.write_text(yaml.safe_dump(new, sort_keys=False))
-    draft.replace(path)
+    remark = None
+    try:
+        if path.exists():
+            old = yaml.safe_load(path.read_text()) or {}
+            started = any((run_dir / "checkpoints").glob("step-*"))
+            remark = _check_same_run(run_dir, old, new) if started else None
+        elif run_dir.exists() and any(run_dir.iterdir()):
+            raise RecipeError(f"{run_dir} is not empty and holds no recipe.yaml; set run.dir to a new folder")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        draft = run_dir / ".recipe.yaml.tmp"
+        draft.write_text(yaml.safe_dump(new, sort_keys=False))
+        draft.replace(path)
+    except OSError as error:
+        raise RecipeError(f"run.dir={run_dir} cannot be used: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is damaged ({error}); set run.dir to a new folder") from error
+    return remark
+
+
+def _check_same_run(run_dir: Path, old: Any, new: dict[str, Any]) -> str | None:
+    changes = [
+        (key, before, now)
+        for key, before, now in _differences(old, new)
+        if key != "epochs" and not any(key == aside or key.startswith(f"{aside}.") for aside in _ASIDE)
+    ]
+    if changes:
+        lines = "\n".join(f"  {key}: {before} -> {now}" for key, before, now in changes)
+        raise RecipeError(
+            f"{run_dir} holds a run of another recipe:\n{lines}\nset run.dir to a new folder, or take the changes back"
+        )
+    before, now = old["epochs"], new["epochs"]
+    if now < before:
+        raise RecipeError(f"epochs={now} is fewer than the {before} of the run in {run_dir}; epochs can only be raised")
+    return f"epochs {before} -> {now}: from here on the schedule is that of {now} epochs" if now > before else None
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -249,15 +277,19 @@ def _explain(error: Any, model: type[BaseModel]) -> str:
 
 
 def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:
+    """The section that a key's location leads to; positions in a list lead nowhere further."""
     for part in location:
         field = model.model_fields.get(part)
-        if field is None:
-            break
-        candidates = [field.annotation, *get_args(field.annotation)]
-        inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if inner:
-            model = inner[0]
+        if field is not None:
+            model = next(_models_in(field.annotation), model)
     return model
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def _annotation_at(model: type[BaseModel], location: Sequence[str]) -> Any:

@@ -38,10 +38,9 @@ def stack_images(
 
     Images with a side beyond ``max_side`` are reduced (antialiased) to it.
     """
-    array = source.images.array
+    array = source.images.select(positions.numpy()).array  # None for files; else of these images alone
     if array is not None and (max_side is None or max(array.shape[1:3]) <= max_side):
-        chosen = torch.from_numpy(array)[positions]
-        return chosen, torch.tensor(chosen.shape[1:3]).expand(len(positions), 2)
+        return torch.from_numpy(array), torch.tensor(array.shape[1:3]).expand(len(positions), 2)
     images = list(pool.map(lambda i: _reduced(source.images[i], max_side), positions.tolist()))
     sizes = torch.tensor([image.shape[:2] for image in images]).reshape(-1, 2)
     height, width = sizes.amax(0).tolist()

@@ -54,7 +54,8 @@ class ResidentLoader:
             raise ValueError(
                 f"batch_size={batch_size} cannot be divided over {world_size} ranks × {accumulation} micro-batches"
             )
-        _check_memory(source, 2 * size, device)
+        own_views = len(plan) * batch_size // world_size
+        _check_memory(source, 2 * size, own_views * 3 * size * size * 4, device)
         self.source, self.plan, self.size, self.seed, self.device = source, plan, size, seed, device
         self.batch_size, self.rank, self.world_size, self.accumulation = (
             batch_size,
@@ -100,15 +101,16 @@ class ResidentLoader:
         return ViewBatch(views.unflatten(0, (len(self.plan), len(indices))), self.labels[rows], rows)
 
 
-def _check_memory(source: Source, max_side: int, device: torch.device) -> None:
-    array = source.images.array
-    needed = array.nbytes if array is not None else len(source.images) * max_side * max_side * 3
+def _check_memory(source: Source, max_side: int, batch_bytes: int, device: torch.device) -> None:
+    height, width = source.images.size or (max_side, max_side)
+    largest = min(max(height, width), max_side)
+    needed = len(source) * min(height, largest) * min(width, largest) * 3 + batch_bytes
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
     if needed > 0.8 * free:
         raise DataError(
-            f"{source.name} may need {needed / 1e9:.1f} GB as resident pixels, {device} has {free / 1e9:.1f} GB"
-            " free; use fewer images (data.limit, data.class_list) or smaller ones (views.size)"
+            f"{source.name} may need {needed / 1e9:.1f} GB for its pixels and a batch of views, {device} has"
+            f" {free / 1e9:.1f} GB free; use fewer images (data.limit, data.class_list) or smaller ones (views.size)"
         )

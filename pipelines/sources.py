@@ -20,9 +20,10 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
+from pipelines.config import Section
 from pipelines.stored import arrays, trees
 from pipelines.stored.common import Fixed, Part, StoredSet, measured_statistics
 from pipelines.stored.images import ArrayImages, DataError, FileImages, Images, decode
@@ -45,10 +46,8 @@ __all__ = [
 Split = Literal["pretrain", "train", "holdout", "test"]
 
 
-class DataConfig(BaseModel):
+class DataConfig(Section):
     """Which images, and how they are divided."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: str = "digits"
     root: Path | None = None  # where the data lies or is downloaded to; None: $TWINSTREAM_DATA, else ./data

@@ -11,10 +11,11 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import Tensor
 
 from kernels.photometric import ORDERS, PhotometricParams
+from pipelines.config import Section
 from pipelines.draw import uniforms
 
 _ATTEMPTS = 10  # of a random resized crop to fit in the image, as torchvision
@@ -23,10 +24,8 @@ _STRENGTHS = ("brightness", "contrast", "saturation", "hue")
 _SHARED = ("blur_kernel", "solarize_threshold")  # the same in all views of a plan: one a `photometric` call
 
 
-class View(BaseModel):
+class View(Section):
     """One view of an image. A bare View() is the whole image, normalised and nothing else."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     # "whole" squeezes an image that is not square, "center" takes the largest central square, "pad_and_crop"
     # shifts the image by up to `pad` output pixels and fills with black.
@@ -125,26 +124,19 @@ PLANS: MappingProxyType[str, tuple[View, ...]] = MappingProxyType(
 _PLAN_STRENGTH = {"simclr_cifar": 0.5}  # what `strength` is measured from; the other plans stand at 1
 
 
-class ViewsConfig(BaseModel):
+class ViewsConfig(Section):
     """The `views` section of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     plan: str = "simclr"
     # Of the colour jitter; None: the plan's own, which is 1 (simclr_cifar: 0.5).
     strength: float | None = Field(default=None, ge=0)
-    override: dict[str, Any] = {}  # fields of View, set in every augmented view of the plan
-    custom: tuple[View, ...] | None = None  # a whole plan of one's own
-    size: int | None = Field(default=None, ge=1)  # pixels of the crops' side; None: the data set's image size
+    override: dict[str, Any] = Field(default={})  # fields of View, set in every augmented view of the plan
+    custom: tuple[View, ...] | None = None  # a whole plan of one's own, in place of `plan`
+    size: int | None = Field(default=None, ge=1, le=4096)  # pixels of the crops' side; None: the data set's image size
 
-    def resolve(self, count: int | None = None) -> tuple[View, ...]:
-        """The views of one sample; with `count`, that many, going round the plan."""
-        views = self.custom or tuple(self._bend(view) for view in PLANS[self.plan])
-        if count is None:
-            return views
-        if count < 1:
-            raise ValueError(f"count: expected at least 1 view, got {count}")
-        return tuple(views[v % len(views)] for v in range(count))
+    def resolve(self) -> tuple[View, ...]:
+        """The views of one sample."""
+        return self.custom or tuple(self._bend(view) for view in PLANS[self.plan])
 
     def _bend(self, view: View) -> View:
         fields = view.model_dump()
@@ -166,7 +158,7 @@ class ViewsConfig(BaseModel):
     @model_validator(mode="after")
     def _valid_plan(self) -> "ViewsConfig":
         if self.custom is not None:
-            for name in ("plan", "strength", "override"):
+            for name in ("strength", "override"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"custom is a whole plan: remove {name}, or remove custom")
             if not self.custom:
@@ -286,13 +278,10 @@ def draw_photometric(
     )
 
 
-def center_boxes(heights: Tensor, widths: Tensor, share: float = 1.0) -> Tensor:
-    """[N, 4] int64: the central square of `share` times the short side. 1 takes the whole short side; 0.875
-    is the usual resize to 256 and central crop of 224."""
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected a number in (0, 1], got {share}")
+def center_boxes(heights: Tensor, widths: Tensor) -> Tensor:
+    """[N, 4] int64: the central square that takes the whole short side."""
     heights, widths = heights.to(torch.int64), widths.to(torch.int64)
-    sides = (torch.minimum(heights, widths) * share).round().clamp(min=1).to(torch.int64)
+    sides = torch.minimum(heights, widths)
     return torch.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], dim=1)
 
 

@@ -47,10 +47,15 @@ def test_raw_pixels_get_what_scikit_learn_gets(tmp_path: Path) -> None:
     assert 70 < linear["value"] < 95
     assert 0 < linear["standard_error"] < 6
     assert linear["labels"] == "10-per-class"
-    kept = list((tmp_path / "runs/evaluations").glob("linear-*.json"))
+    index = next((tmp_path / "runs/evaluations/labels").glob("*-seed1.json"))
+    again = last_line(evaluate(tmp_path, "linear", "--baseline", "pixels", "--data", "digits", f"labels={index}"))
+    kept = list((tmp_path / "runs/evaluations").glob("linear-digits-10-per-class-*.json"))
     assert len(kept) == 1
     runs = json.loads(kept[0].read_text())["runs"]
     assert [run["labels"] for run in runs] == [100, 100, 100]
+    assert again["value"] == runs[1]["top1"], "the kept index file stands for the subset it was written for"
+    free = last_line(evaluate(tmp_path, "knn", "--baseline", "pixels", "--data", "digits", "data.holdout=0", "k=[3]"))
+    assert "nothing being held out" in str(free["description"])
     subsets = sorted((tmp_path / "runs/evaluations/labels").glob("*.json"))
     assert len(subsets) == 3
     ids = [json.loads(path.read_text())["ids"] for path in subsets]
@@ -81,6 +86,8 @@ def test_exported_weights_and_the_comparison(tmp_path: Path, weights: Path) -> N
         (["linear", "--baseline", "pixels", "--data", "digits", "labels=500-per-class"], "500"),
         (["linear", "--baseline", "pixels", "--data", "digits", "data.holdout=0"], "data.holdout"),
         (["knn", "--baseline", "pixels", "--data", "digits", "k=[0]"], "k.0=0"),
+        (["knn", "--baseline", "pixels", "--data", "digits", "k=[]"], "k=[]"),
+        (["knn", "--baseline", "pixels", "--data", "digits", "device=cuda"], "no CUDA device"),
         (["knn", "--baseline", "random", "--data", "digits", "encoder.arch=resnet9"], "did you mean"),
     ],
 )
@@ -104,3 +111,10 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: Path) -> N
     assert done.exit_code == 2
     assert "missing bn1.bias" in done.stderr
     assert "conv1.weight is [1], expected [32, 3, 3, 3]" in done.stderr
+    for metadata in ("{", "{}", '{"arch": "vgg", "stem": "auto", "image_size": 8, "mean": [0], "std": [1]}'):
+        save_file({"conv1.weight": torch.zeros(1)}, wrong, metadata={"twinstream": metadata})
+        done = evaluate(tmp_path, "knn", str(wrong), "--data", "digits")
+        assert "metadata is damaged" in done.stderr
+    wrong.write_bytes(wrong.read_bytes()[:50])
+    assert "cannot be read" in evaluate(tmp_path, "knn", str(wrong), "--data", "digits").stderr
+    assert "for --baseline" in evaluate(tmp_path, "knn", str(weights), "--data", "digits", "size=16").stderr

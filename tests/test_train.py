@@ -154,3 +154,17 @@ def test_mistakes_end_in_one_readable_message(recipe: Path, arguments: list[str]
     assert done.stderr.startswith("error: ")
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_process_a_run_folder(recipe: Path, tmp_path: Path) -> None:
+    first = subprocess.Popen(command(recipe, tmp_path / "run"), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "run/checkpoints/step-00000002").exists():
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = run(recipe, tmp_path / "run")
+        assert second.returncode == 2
+        assert "in use by another process" in second.stderr
+        assert first.wait(150) == 0
+    finally:
+        first.kill()

@@ -10,18 +10,17 @@ from typing import Literal, cast
 
 import torch
 import torchvision
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+
+from pipelines.config import Section
 
 SMALL_IMAGE = 64  # up to this many pixels a 7x7 stride-4 stem would leave almost no spatial extent
 
 Architecture = Literal["resnet8x4", "resnet18", "resnet34", "resnet50", "resnet101"]
 
 
-class EncoderConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class EncoderConfig(Section):
     arch: Architecture = "resnet18"
     stem: Literal["auto", "small", "imagenet"] = "auto"  # auto: small up to 64 pixels
 

@@ -15,15 +15,16 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from pipelines.config import Section
 from trainers.batchnorm import average_running_statistics, synchronise_batchnorm
 
+T = TypeVar("T")
 
-class EngineConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
+class EngineConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
     accumulation: int = Field(1, ge=1)  # micro-batches a step and rank; the loss still sees all of them at once
     gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0 is off
@@ -55,6 +56,14 @@ class Ranks:
         value = torch.tensor([int(flag)])
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
         return bool(value)
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value on every rank; every rank must call it."""
+        if self.control is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
 
     def barrier(self) -> None:
         if self.control is not None:
@@ -157,18 +166,25 @@ class Engine:
         }
 
     def load_optimizer_state(self, state: dict[str, Tensor]) -> None:
-        """Strict inverse of ``optimizer_state``; raises KeyError naming what belongs to no parameter."""
+        """Inverse of ``optimizer_state``.
+
+        Raises:
+            ValueError: the state lacks a parameter of this run, or holds another's or one of another shape.
+        """
         if self.config.zero_stage > 0:
             self._engine.optimizer.refresh_fp32_params()  # ZeRO's own copy of the weights just loaded
         owners = self._owners()
+        found = {name.rpartition("::")[0] for name in state}
+        if found != owners.keys():
+            raise ValueError(f"the optimizer's state and the parameters differ in {sorted(found ^ owners.keys())[:5]}")
         for name, value in state.items():
             owner, _, key = name.rpartition("::")
-            if owner not in owners:
-                raise KeyError(f"optimizer state {name} belongs to no parameter of this run")
             parameter = owners[owner]
             if value.shape == parameter.shape:  # in the parameter's own memory format
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            self._optimizer.state[parameter][key] = value  # Adam's step count, a scalar, stays on the host
+            elif value.dim():  # Adam's step count is a scalar and stays on the host
+                raise ValueError(f"optimizer state {name} is {list(value.shape)}, not {list(parameter.shape)}")
+            self._optimizer.state[parameter][key] = value
 
     def _owners(self) -> dict[str, Tensor]:
         if self.config.zero_stage == 0:

@@ -6,11 +6,11 @@ import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -48,11 +48,15 @@ def load_encoder(path: Path) -> FrozenEncoder:
         return _from_run(path)
     if path.suffix != ".safetensors" or not path.exists():
         raise CheckpointError(f"{path} is neither a run folder nor an existing .safetensors file")
-    with safe_open(path, "pt") as file:
-        about = (file.metadata() or {}).get("twinstream")
+    try:
+        with safe_open(path, "pt") as file:
+            about = (file.metadata() or {}).get("twinstream")
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     if about is None:
         raise CheckpointError(f"{path} does not say which architecture it holds: no 'twinstream' metadata")
-    return _assemble(str(path), load_file(path), json.loads(about), path.parent / "evaluations", None)
+    return _assemble(str(path), tensors, about, path.parent / "evaluations", None)
 
 
 def random_encoder(config: EncoderConfig, source: Source, size: int | None, seed: int) -> FrozenEncoder:
@@ -74,6 +78,8 @@ def raw_pixels(source: Source, size: int | None) -> FrozenEncoder:
 
 def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
     """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time."""
+    if encoder.module is None:  # pixels are cheaper to read than to keep
+        return extract(encoder, source, device)
     key = hashlib.sha256(
         json.dumps(
             [
@@ -123,7 +129,10 @@ def _from_run(run: Path) -> FrozenEncoder:
     recipe_path = run / "recipe.yaml"
     if not recipe_path.exists():
         raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml")
-    recipe: dict[str, Any] = yaml.safe_load(recipe_path.read_text())
+    try:
+        data = DataConfig(**yaml.safe_load(recipe_path.read_text())["data"])
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{recipe_path} is damaged: {error}") from error
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no whole checkpoint yet")
@@ -132,20 +141,24 @@ def _from_run(run: Path) -> FrozenEncoder:
         for name, value in load_file(checkpoint / "method.safetensors").items()
         if name.startswith("encoder.")
     }
-    about = json.loads((checkpoint / "state.json").read_text())["encoder"]
-    label = f"{run.name} ({checkpoint.name})"
-    return _assemble(label, tensors, about, run / "evaluations", DataConfig(**recipe["data"]))
+    about = json.dumps(json.loads((checkpoint / "state.json").read_text())["encoder"])
+    return _assemble(f"{run.name} ({checkpoint.name})", tensors, about, run / "evaluations", data)
 
 
 def _assemble(
-    label: str, tensors: dict[str, Tensor], about: dict[str, Any], folder: Path, data: DataConfig | None
+    label: str, tensors: dict[str, Tensor], metadata: str, folder: Path, data: DataConfig | None
 ) -> FrozenEncoder:
-    size = int(about["image_size"])
-    config = EncoderConfig(arch=about["arch"], stem=about["stem"])
+    try:
+        about = json.loads(metadata)
+        size = int(about["image_size"])
+        config = EncoderConfig(arch=about["arch"], stem=about["stem"])
+        mean, std = (cast(Statistics, tuple(float(value) for value in about[name])) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{label}: its 'twinstream' metadata is damaged: {error}") from error
     module = build_encoder(config, size)
     load_strict(module, tensors, label)
     identity = weights_hash(tensors)
-    return FrozenEncoder(label, module, size, tuple(about["mean"]), tuple(about["std"]), identity, folder, config, data)
+    return FrozenEncoder(label, module, size, mean, std, identity, folder, config, data)
 
 
 def weights_hash(tensors: dict[str, Tensor]) -> str:

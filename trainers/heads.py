@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import nn
 
+from pipelines.config import Section
 
-class ProjectorConfig(BaseModel):
+
+class ProjectorConfig(Section):
     """An MLP of ``layers`` linear layers: d -> hidden -> … -> output."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     layers: int = Field(2, ge=1)
     hidden: int | None = Field(None, ge=1)  # None: as wide as the features

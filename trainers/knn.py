@@ -29,7 +29,7 @@ def knn_votes(
     labels = bank_labels[places]
     votes = {}
     for k, temperature in settings:
-        weights = torch.exp((cosine[:, :k] - 1) / temperature)  # the shift keeps small temperatures finite
+        weights = torch.exp((cosine[:, :k] - cosine[:, :1]) / temperature)  # each row's shift changes no vote
         empty = torch.zeros(len(queries), classes, dtype=weights.dtype, device=weights.device)
         votes[k, temperature] = empty.scatter_add_(1, labels[:, :k], weights)
     return votes

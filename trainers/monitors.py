@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
+from pipelines.config import Section
 from pipelines.plain_views import plain_batches
 from pipelines.sources import Source
 from trainers.encoders import feature_width
@@ -21,9 +22,7 @@ from trainers.step import StepResult
 KNN_SETTINGS = ((20, 0.07), (200, 0.1))
 
 
-class MonitorConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class MonitorConfig(Section):
     every_epochs: float = Field(1.0, gt=0)
     images: int = Field(10_000, ge=1)  # at most this many held-out images, and as many to search among
     probe_lr: float = Field(1e-3, gt=0)  # Adam, for the online linear probe

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from pipelines.config import Section
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
 _USES = {
     "lars": {"momentum", "trust_coefficient"},
@@ -19,10 +22,8 @@ _USES = {
 }
 
 
-class OptimConfig(BaseModel):
+class OptimConfig(Section):
     """What turns gradients into steps. Fields left at ``None`` take the value in the comment."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Literal["lars", "sgd", "adam", "adamw"] = "lars"
     lr: float = Field(0.3, gt=0)  # for a batch of 256 images where a scaling rule is on
@@ -30,7 +31,7 @@ class OptimConfig(BaseModel):
     weight_decay: float = Field(1e-6, ge=0)  # never on biases and norms
     momentum: float | None = Field(None, ge=0, lt=1)  # lars, sgd: 0.9
     nesterov: bool | None = None  # sgd: false
-    betas: tuple[float, float] | None = None  # adam, adamw: 0.9, 0.999
+    betas: tuple[Share, Share] | None = None  # adam, adamw: 0.9, 0.999
     trust_coefficient: float | None = Field(None, gt=0)  # lars: 0.001
 
     @model_validator(mode="after")
@@ -39,6 +40,8 @@ class OptimConfig(BaseModel):
             if getattr(self, field) is not None and field not in _USES[self.name]:
                 users = " or ".join(sorted(name for name, uses in _USES.items() if field in uses))
                 raise ValueError(f"{field} is not used by {self.name}; remove it, or choose {users}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0")
         return self
 
     def scaled_lr(self, batch_size: int) -> float:
@@ -47,13 +50,11 @@ class OptimConfig(BaseModel):
         return self.lr * {"none": 1.0, "linear": factor, "sqrt": math.sqrt(factor)}[self.lr_scaling]
 
 
-class ScheduleConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class ScheduleConfig(Section):
     name: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: float = Field(10, ge=0)  # linear, from lr/warm-up steps up to lr
     final: float = Field(0.0, ge=0, le=1)  # cosine: where it ends, as a share of the peak
-    milestones: tuple[float, ...] = (0.6, 0.8)  # step: shares of the whole run after which lr × gamma
+    milestones: tuple[Share, ...] = (0.6, 0.8)  # step: shares of the whole run after which lr × gamma
     gamma: float = Field(0.1, gt=0, le=1)
 
 

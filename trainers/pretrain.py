@@ -21,6 +21,7 @@ from trainers.monitors import Monitor
 from trainers.runlog import RunLog
 from trainers.state import (
     CheckpointConfig,
+    CheckpointError,
     RunState,
     find_checkpoint,
     generator_states,
@@ -80,7 +81,8 @@ def pretrain(run: Run) -> int:
                     log.write_step(step, done, lr)
                 if step % evaluate_every == 0 or step == total:
                     run.engine.average_running_statistics()
-                    log.write_scores(step, done, run.monitor.evaluate())
+                    if scores := run.monitor.evaluate():
+                        log.write_scores(step, done, scores)
                     log.restart_clock()
                 preempted = ranks.any(stop.requested)
                 if step % save_every == 0 or step == total or preempted:
@@ -110,6 +112,7 @@ def save(run: Run, step: int) -> None:
     values = {
         "epoch": step // run.loader.steps_per_epoch,
         "step_in_epoch": step % run.loader.steps_per_epoch,
+        "images": len(run.loader.source),
         "encoder": run.export,
         "recipe": (run.directory / "recipe.yaml").read_text(),
     }
@@ -118,14 +121,27 @@ def save(run: Run, step: int) -> None:
 
 def _resume(run: Run) -> int:
     """Restore the newest whole checkpoint; returns the step to go on from."""
-    path = find_checkpoint(run.directory)
+    ranks = run.engine.ranks
+    path = ranks.from_main(find_checkpoint(run.directory) if ranks.is_main else None)
     if path is None:
         return 0
-    ranks = run.engine.ranks
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} is not there on rank {ranks.rank}; run.dir must be on storage that all ranks share"
+        )
     state = load_checkpoint(path, ranks)
+    images = len(run.loader.source)
+    if state.values["images"] != images:
+        raise CheckpointError(
+            f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
+            " and schedule would change in the middle; restore the images, or start anew with another run.dir"
+        )
     load_strict(run.method, state.shared["method"], f"{path}/method.safetensors")
     optimizer = state.sharded if run.engine.config.zero_stage else state.shared
-    run.engine.load_optimizer_state(optimizer["optimizer"])
+    try:
+        run.engine.load_optimizer_state(optimizer["optimizer"])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     run.log.load(state.shared["meters"], ranks.device)
     if run.monitor.probe is not None:
         run.monitor.probe.load(state.shared["probe"])

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from pipelines.config import Section
 from trainers.engine import Ranks
 
 
-class LogConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class LogConfig(Section):
     every_steps: int = Field(10, ge=1)
     wandb: bool = False
 
@@ -65,7 +64,7 @@ class RunLog:
             draft.write_text("".join(rows))
             draft.replace(self._path)
         self._file = self._path.open("a")
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
         self._wandb = _start_wandb(self._run_dir, self._recipe) if self.config.wandb else None
         if sys.stdout.isatty():
             self._progress = Progress(
@@ -137,7 +136,7 @@ class RunLog:
     def write_scores(self, step: int, epoch: float, scores: dict[str, float]) -> None:
         """Held-out scores, as one row and one line."""
         self.write(step, epoch, scores)
-        if self.active and scores:
+        if self.active:
             shown = "  ".join(f"{name.removeprefix('holdout/')} {value:.4g}" for name, value in scores.items())
             self._say(f"held-out at epoch {epoch:.2f}:  {shown}")
 

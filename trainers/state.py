@@ -7,28 +7,30 @@ noticed and the one before it used. ``checkpoints/last`` points to the newest.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pipelines.config import Section
 from trainers.engine import Ranks
 
 FORMAT = 1
 
 
-class CheckpointConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class CheckpointConfig(Section):
     every_epochs: float = Field(1.0, gt=0)  # may be a fraction; the last step is always saved
     keep: int = Field(3, ge=1)  # how many of the newest to keep
 
@@ -82,10 +84,24 @@ def save_checkpoint(run_dir: Path, state: RunState, ranks: Ranks, keep: int) -> 
         shutil.rmtree(aside, ignore_errors=True)
         _point_last(folder, final.name)
         _sync_folder(folder)
-        for old in _checkpoints(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _prune(folder, final, keep)
     ranks.barrier()
     return final
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        CheckpointError: another process holds it.
+    """
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(f"{run_dir} is in use by another process; wait for it, or stop it") from error
+        yield
 
 
 def find_checkpoint(run_dir: Path) -> Path | None:
@@ -166,6 +182,16 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) 
 
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Keep ``newest`` and the ``keep`` - 1 before it; what comes after it is of a future that was given up."""
+    before = [path for path in _checkpoints(folder) if path.name < newest.name]
+    kept = {newest.name, *(path.name for path in before[len(before) - keep + 1 :])}
+    leftovers = folder.glob(".step-*")  # half-written drafts of killed processes
+    for path in [*_checkpoints(folder), *leftovers]:
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _shard_name(name: str, rank: int) -> str:

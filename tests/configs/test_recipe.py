@@ -42,7 +42,14 @@ def test_resolved_recipe_loads_to_the_same_recipe(recipe: Path, tmp_path: Path) 
 
 def test_hash_follows_what_is_trained_not_where_or_how_loudly(recipe: Path) -> None:
     base = load_recipe(recipe).hash()
-    assert load_recipe(recipe, ["run.dir=elsewhere", "log.every_steps=1"]).hash() == base
+    for aside in (
+        "run.dir=elsewhere",
+        "log.every_steps=1",
+        "data.root=/moved",
+        "data.download=true",
+        "engine.timeout=9",
+    ):
+        assert load_recipe(recipe, [aside]).hash() == base
     assert load_recipe(recipe, ["seed=1"]).hash() != base
     assert load_recipe(recipe).run_dir("mine") == Path("runs") / f"mine-{base}"
 
@@ -69,8 +76,17 @@ def test_hash_follows_what_is_trained_not_where_or_how_loudly(recipe: Path) -> N
         (["engine.accumulation=3"], ["batch_size=64", "engine.accumulation=3", "63 or 66"]),
         (["batch_size=2000"], ["batch_size=2000", "1197"]),
         (["batch_size=1"], ["batch_size=1", "at least 2"]),
-        (["schedule.warmup_epochs=20"], ["schedule.warmup_epochs=20", "epochs=20"]),
-        (["views.plan=mvmr", "views.custom=[{}, {}]"], ["custom"]),
+        (["schedule.warmup_epochs=20"], ["schedule.warmup_epochs=20", "360 steps"]),
+        (["views.strength=0.5", "views.custom=[{}, {}]"], ["custom", "strength"]),
+        (["views.custom=[{crp: whole}, {}]"], ["views.custom.0.crp", "did you mean crop?"]),
+        (["views.override={blur: 0.5, blur_kernel: 31}"], ["blur_kernel=31", "8 pixels", "at most 15"]),
+        (["views.size=100000"], ["views.size=100000", "4096"]),
+        (["method.temperature=.inf"], ["method.temperature=inf", "finite"]),
+        (["optim.name=sgd", "optim.momentum=0", "optim.nesterov=true"], ["nesterov needs a momentum"]),
+        (["optim.name=adam", "optim.betas=[2, 3]"], ["optim.betas.0=2", "less than 1"]),
+        (["schedule.name=step", "schedule.milestones=[60, 80]"], ["schedule.milestones.0=60", "less than 1"]),
+        (["checkpoint.every_epochs=.inf"], ["checkpoint.every_epochs=inf", "finite"]),
+        (["epochs=1", "batch_size=600", "schedule.warmup_epochs=0.9"], ["warmup_epochs=0.9 is 1 steps"]),
         (["views.custom=[{}, {}, {}]", "views.plan=simclr"], ["3 views", "simclr"]),
         (["data.source=folder", "data.root=/nonexistent"], ["/nonexistent"]),
         (["epochs"], ["'epochs' is not an override", "key.sub=value"]),
@@ -137,12 +153,28 @@ def test_a_queue_larger_than_the_set_is_refused() -> None:
 
 def test_an_existing_run_refuses_another_recipe_with_a_diff(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    claim_run_dir(run, load_recipe(recipe))
-    claim_run_dir(run, load_recipe(recipe, ["epochs=30", "log.every_steps=1"]))
+    assert claim_run_dir(run, load_recipe(recipe, ["optim.lr=0.5"])) is None
+    claim_run_dir(run, load_recipe(recipe))  # nothing has been trained yet: corrections are welcome
+    (run / "checkpoints/step-00000003").mkdir(parents=True)
+    remark = claim_run_dir(run, load_recipe(recipe, ["epochs=30", "log.every_steps=1", "data.root=/moved"]))
+    assert remark is not None
+    assert "epochs 20 -> 30" in remark
     assert yaml.safe_load((run / "recipe.yaml").read_text())["epochs"] == 30
     with pytest.raises(RecipeError, match=r"optim\.lr: 0\.3 -> 0\.1"):
-        claim_run_dir(run, load_recipe(recipe, ["optim.lr=0.1"]))
-    assert yaml.safe_load((run / "recipe.yaml").read_text())["optim"]["lr"] == 0.3
+        claim_run_dir(run, load_recipe(recipe, ["epochs=30", "optim.lr=0.1"]))
+    with pytest.raises(RecipeError, match="epochs=20 is fewer than the 30"):
+        claim_run_dir(run, load_recipe(recipe))
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["epochs"] == 30
+
+
+def test_run_folders_that_cannot_be_used(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecipeError, match=r"run\.dir=.*file"):
+        claim_run_dir(tmp_path / "file", load_recipe(recipe))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged/recipe.yaml").write_text("[")
+    with pytest.raises(RecipeError, match="is damaged"):
+        claim_run_dir(tmp_path / "damaged", load_recipe(recipe))
 
 
 def test_a_folder_of_something_else_is_not_taken_over(recipe: Path, tmp_path: Path) -> None:

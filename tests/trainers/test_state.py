@@ -15,6 +15,7 @@ from trainers.state import (
     find_checkpoint,
     load_checkpoint,
     load_strict,
+    locked,
     save_checkpoint,
 )
 
@@ -103,6 +104,33 @@ def test_saving_over_a_damaged_checkpoint_of_the_same_step(tmp_path: Path) -> No
     save_checkpoint(tmp_path, state(5), ALONE, keep=3)
     assert damage(path) is None
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["last", "step-00000005"]
+
+
+@pytest.mark.parametrize(
+    ("existing", "step", "keep", "left"),
+    [
+        ((10, 15, 20), 2, 3, (2,)),
+        ((10, 15, 20), 17, 1, (17,)),
+        ((10, 15, 20), 17, 2, (15, 17)),
+        ((10, 15), 15, 3, (10, 15)),
+    ],
+)
+def test_checkpoints_of_an_abandoned_future_go(tmp_path: Path, existing, step: int, keep: int, left) -> None:
+    """After a resume from before damaged checkpoints, they must not push out the one just written."""
+    for number in existing:
+        save_checkpoint(tmp_path, state(number), ALONE, keep=9)
+    save_checkpoint(tmp_path, state(step), ALONE, keep=keep)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == [f"step-{number:08d}" for number in left]
+    assert find_checkpoint(tmp_path) == tmp_path / f"checkpoints/step-{step:08d}"
+    assert (tmp_path / "checkpoints/last").resolve().exists()
+
+
+def test_a_run_folder_serves_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(CheckpointError, match="in use by another process"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
 
 
 def test_nothing_found_in_an_empty_folder(tmp_path: Path) -> None:

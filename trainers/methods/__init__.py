@@ -21,15 +21,13 @@ from types import ModuleType
 from typing import ClassVar
 
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
+from pipelines.config import Section
 
 
-class MethodConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class MethodConfig(Section):
     views: ClassVar[int] = 2  # how many views of an image the method takes
     name: str
 
