@@ -114,9 +114,8 @@ def _begin(recipe: Recipe, directory: Path, held: ExitStack) -> tuple[str | None
     """Rank 0's part of the start: (what is wrong, a remark for the user). ``held`` keeps the folder's lock."""
     try:
         open_source(recipe.data, "pretrain")
-        remark = claim_run_dir(directory, recipe)
         held.enter_context(locked(directory))
-        return None, remark
+        return None, claim_run_dir(directory, recipe)
     except (RecipeError, DataError, CheckpointError) as error:
         return str(error), None
 

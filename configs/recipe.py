@@ -27,7 +27,7 @@ from trainers.methods import MethodConfig, find_method, method_names
 from trainers.monitors import MonitorConfig
 from trainers.optim import OptimConfig, ScheduleConfig, build_schedule
 from trainers.runlog import LogConfig
-from trainers.state import CheckpointConfig
+from trainers.state import LOCK, CheckpointConfig
 
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
 _ASIDE = ("run", "log", "checkpoint", "data.root", "data.download", "engine.timeout")
@@ -158,7 +158,8 @@ def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
             old = yaml.safe_load(path.read_text()) or {}
             started = any((run_dir / "checkpoints").glob("step-*"))
             remark = _check_same_run(run_dir, old, new) if started else None
-        elif run_dir.exists() and any(run_dir.iterdir()):
+        elif run_dir.exists() and {inside.name for inside in run_dir.iterdir()} - {LOCK}:
+            (run_dir / LOCK).unlink(missing_ok=True)
             raise RecipeError(f"{run_dir} is not empty and holds no recipe.yaml; set run.dir to a new folder")
         run_dir.mkdir(parents=True, exist_ok=True)
         draft = run_dir / ".recipe.yaml.tmp"

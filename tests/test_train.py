@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from trainers.encoders import EncoderConfig, build_encoder
+from trainers.state import locked
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -157,14 +158,13 @@ def test_mistakes_end_in_one_readable_message(recipe: Path, arguments: list[str]
 
 
 def test_one_process_a_run_folder(recipe: Path, tmp_path: Path) -> None:
-    first = subprocess.Popen(command(recipe, tmp_path / "run"), cwd=tmp_path, stdout=subprocess.DEVNULL)
-    try:
-        while not (tmp_path / "run/checkpoints/step-00000002").exists():
-            assert first.poll() is None
-            time.sleep(0.05)
+    with locked(tmp_path / "run"):
         second = run(recipe, tmp_path / "run")
-        assert second.returncode == 2
-        assert "in use by another process" in second.stderr
-        assert first.wait(150) == 0
-    finally:
-        first.kill()
+    assert second.returncode == 2
+    assert "in use by another process" in second.stderr
+    assert not (tmp_path / "run/recipe.yaml").exists()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"")
+    foreign = run(recipe, tmp_path / "photos")
+    assert foreign.returncode == 2
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["cat.jpg"], "somebody's folder is left alone"

@@ -28,6 +28,7 @@ from pipelines.config import Section
 from trainers.engine import Ranks
 
 FORMAT = 1
+LOCK = ".lock"
 
 
 class CheckpointConfig(Section):
@@ -91,15 +92,20 @@ def save_checkpoint(run_dir: Path, state: RunState, ranks: Ranks, keep: int) -> 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the lock goes with the process, however it ends.
+    """Hold the run folder, made if need be, for this process; the lock goes with the process, however it ends.
 
     Raises:
-        CheckpointError: another process holds it.
+        CheckpointError: another process holds it, or it cannot be used as a folder.
     """
-    with (run_dir / ".lock").open("w") as file:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("w")
+    except OSError as error:
+        raise CheckpointError(f"run.dir={run_dir} cannot be used: {error}") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise CheckpointError(f"{run_dir} is in use by another process; wait for it, or stop it") from error
         yield
 
