@@ -27,7 +27,9 @@ from trainers.features import load_encoder, random_encoder, raw_pixels
 from trainers.protocols import Job, Settings, score_knn, score_linear
 from trainers.state import CheckpointError
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, help="Score an encoder on its data, or on other."
+)
 console = Console(highlight=False, soft_wrap=True)
 
 

@@ -88,7 +88,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     recipe_path: Annotated[Path, typer.Argument(metavar="RECIPE.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key.sub=value")] = None,
-    local_rank: Annotated[int, typer.Option(hidden=True, help="Passed by the deepspeed launcher.")] = 0,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True, help="The deepspeed launcher's.")] = 0,
 ) -> None:
     """Pretrain an encoder by a recipe; the same command again resumes the run."""
     try:
