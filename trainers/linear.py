@@ -38,7 +38,7 @@ def fit_logistic(
     classes: int,
     l2: float,
     start: LinearFit | None = None,
-    max_iterations: int = 1000,
+    max_iterations: int = 300,
 ) -> LinearFit:
     """Minimise mean cross-entropy + l2/2 · |weight|² (the bias is free) over standardised features [N, d].
 
