@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from abc import ABC, abstractmethod
 from types import ModuleType
 from typing import ClassVar
 
@@ -41,7 +42,7 @@ class MethodConfig(Section):
             )
 
 
-class BaseMethod(nn.Module):
+class BaseMethod(nn.Module, ABC):
     """What every method shares: ``forward`` is ``embed``, and by default nothing is updated."""
 
     encoder: nn.Module
@@ -49,13 +50,15 @@ class BaseMethod(nn.Module):
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         return self.embed(views)
 
+    @abstractmethod
     def embed(self, views: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """views [V, N, 3, H, W] -> tensors [V, N, …], among them ``features``."""
 
+    @abstractmethod
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """``loss``, and detached scalars to log."""
 
     def update(self, embeddings: dict[str, Tensor], batch: ViewBatch) -> None:
         """Change buffers (queue, prototypes, counts) after an optimizer step."""
