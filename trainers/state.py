@@ -1,8 +1,8 @@
 """Checkpoints: everything that the run is, written so that a kill at any moment loses nothing but the steps since.
 
-A checkpoint is a folder ``checkpoints/step-XXXXXXXX`` of safetensors and JSON, never a pickle. It is written under a
-temporary name, flushed to the disk, and renamed; ``manifest.json`` holds every file's SHA-256, so a damaged folder is
-noticed and the one before it used. ``checkpoints/last`` points to the newest.
+A checkpoint is a folder such as ``checkpoints/step-00000040``, of safetensors and JSON, never a pickle. It is written
+under a temporary name, flushed to the disk, and renamed; ``manifest.json`` holds every file's SHA-256, so a damaged
+folder is noticed and the one before it used. ``checkpoints/last`` points to the newest.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RunState:
 
 
 def save_checkpoint(run_dir: Path, state: RunState, ranks: Ranks, keep: int) -> Path:
-    """Write ``state`` as ``checkpoints/step-XXXXXXXX``; all ranks call it and all return once it is in place."""
+    """Write ``state`` under ``checkpoints``, named by its step; all ranks call it and return once it is in place."""
     folder = run_dir / "checkpoints"
     final = folder / f"step-{state.step:08d}"
     draft = folder / f".{final.name}.tmp"
