@@ -57,12 +57,8 @@ class ResidentLoader:
         own_views = len(plan) * batch_size // world_size
         _check_memory(source, 2 * size, own_views * 3 * size * size * 4, device)
         self.source, self.plan, self.size, self.seed, self.device = source, plan, size, seed, device
-        self.batch_size, self.rank, self.world_size, self.accumulation = (
-            batch_size,
-            rank,
-            world_size,
-            accumulation,
-        )
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.rank, self.world_size = rank, world_size
         with ThreadPoolExecutor(max_workers=4) as pool:
             canvas, self.sizes = stack_images(source, torch.arange(len(source.images)), pool, 2 * size)
         self.canvas = canvas.to(device)

@@ -92,13 +92,8 @@ class Monitor:
 
         Either may be missing. The probe needs labels of one class an image, kNN and accuracy the held-out part too.
         """
-        self.config, self.encoder, self.size, self.batch_size, self.ranks = (
-            config,
-            encoder,
-            size,
-            batch_size,
-            ranks,
-        )
+        self.config, self.encoder, self.ranks = config, encoder, ranks
+        self.size, self.batch_size = size, batch_size
         self.bank = _spread(train, config.images)
         self.holdout = _spread(holdout, config.images)
         self.probe: Probe | None = None

@@ -66,10 +66,10 @@ def pretrain(run: Run) -> int:
     evaluate_every = max(1, round(run.monitor.config.every_epochs * steps_per_epoch))
     save_every = max(1, round(run.checkpoint.every_epochs * steps_per_epoch))
     run.method.train()
+    log.restart_clock()
     try:
         while step < total:
             epoch, first_step = divmod(step, steps_per_epoch)
-            log.restart_clock()
             for micro_batches, waited in _timed(run.loader.epoch(epoch, first_step)):
                 lr = run.schedule(step)
                 result = train_step(run.engine, run.method, micro_batches, lr)
