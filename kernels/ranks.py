@@ -1,0 +1,76 @@
+"""What a loss over several processes needs of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_agreed: set[tuple[str, str, torch.Size, torch.dtype]] = set()
+
+
+def group_or_none(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """None for a group of one process, which is as good as none.
+
+    Raises:
+        ValueError: this process is not a member.
+    """
+    if group is None:
+        return None
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not a member of the group; pass a group that it belongs to")
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def gather_rows(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[n, ...] of every rank, in their order: [W·n, ...]. Without gradient; all ranks must hold as many rows."""
+    gathered = local.new_empty(dist.get_world_size(group) * len(local), *local.shape[1:])
+    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+    return gathered
+
+
+def check_same_on_ranks(rows: Tensor, group: dist.ProcessGroup) -> None:
+    """Refuse batches [N, D] that differ over the ranks in shape or size of an element.
+
+    Raises:
+        ValueError: on every rank, with the shapes of all.
+    """
+    # Reading sizes back would stall a GPU in every step, so there a shape is compared when it first comes up.
+    known = (group.group_name, rows.device.type, rows.shape, rows.dtype)
+    if rows.device.type != "cpu" and known in _agreed:
+        return
+    mine = torch.tensor([*rows.shape, rows.element_size()], device=rows.device)
+    shapes = gather_rows(mine[None], group)
+    if not torch.equal(shapes, mine.expand_as(shapes)):
+        raise ValueError(
+            f"ranks hold batches of different shape or dtype ([N, D, bytes] by rank: {shapes.tolist()}), "
+            "expected the same on all; drop or pad the last batch"
+        )
+    _agreed.add(known)
+
+
+def gather_rows_with_gradient(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """As `gather_rows`. Backward hands each rank the sum over all ranks of the gradients of its rows.
+
+    Where every rank computes the same global loss from what it gathered, that sum is W times the gradient of one
+    such loss, and averaging over the ranks gives it back exactly.
+    """
+    gathered: Tensor = _GatherRows.apply(local, group)
+    return gathered
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, ctx.rows = group, len(local)
+        return gather_rows(local, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
+        return own, None
