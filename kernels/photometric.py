@@ -1,23 +1,25 @@
 """Flip, colour jitter, grayscale, blur, solarise and normalise: a batch of crops, parameters per sample.
 
 Every operation is that of torchvision.transforms.v2.functional on float32 images in [0, 1], clamping
-included. The parameters stay on the CPU: which samples need what is decided there, so nothing waits for the
-device, and an operation that no sample asked for costs nothing.
+included. The parameters are best kept on the CPU: which samples need what is decided there, so nothing waits for
+the device, and an operation that no sample asks for costs nothing.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.backends import choose_backend
+
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+_NOTHING = 4
 ORDERS = tuple(permutations(range(4)))  # the 24 orders of the colour jitter
-_GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights (their sum is 0.9999)
-_BLUR_BYTES = 64 * 2**20  # temporaries of the blur
+OUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(slots=True)
@@ -77,6 +79,13 @@ class PhotometricParams:
 
 
 _TENSORS = [field.name for field in fields(PhotometricParams) if field.type in (Tensor, "Tensor")]
+_RANGES = {
+    "brightness": (0.0, math.inf),
+    "contrast": (0.0, math.inf),
+    "saturation": (0.0, math.inf),
+    "hue": (-0.5, 0.5),
+    "blur_sigma": (0.0, math.inf),
+}
 
 
 def photometric(
@@ -92,169 +101,103 @@ def photometric(
 
     Args:
         crops: [B, H, W, 3] uint8; not changed.
-        params: of B samples. On the CPU, or one wait for the device is paid.
+        params: of B samples, best on the CPU. Elsewhere "triton" reserves memory as if all were blurred, and the
+            other backends wait for the device that holds them.
         mean, std: of the three channels, of values in [0, 1].
-        out_dtype: of the result; the arithmetic is float32 always, under autocast too.
-        backend: "auto" or "reference" (PyTorch on any device).
+        out_dtype: float32, bfloat16 or float16; the arithmetic is float32 always, under autocast too.
+        backend: "triton" (fused, CUDA), "tiled" (compiled by numba on a CPU, elsewhere the reference),
+            "reference" (plain PyTorch on any device) or "auto", the fastest on the device.
 
     Returns:
         [B, 3, H, W] in channels_last memory, on the device of `crops`.
 
     Raises:
-        ValueError: for a wrong shape, dtype, number of parameters, blur kernel or backend.
+        ValueError: for a wrong shape, dtype, number of parameters, blur kernel or backend and, where the
+            parameters lie on the CPU, for values out of range.
     """
-    _check(crops, params, mean, std, backend)
+    _check(crops, params, mean, std, out_dtype)
+    chosen = choose_backend(backend, crops)
+    on_cpu = crops.device.type == "cpu"
+    affine = torch.tensor([[1 / s, -m / s] for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
     with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
-        return _reference(crops, params.to("cpu"), mean, std, out_dtype)
+        if chosen == "reference" or (chosen == "tiled" and not on_cpu):
+            from kernels.photometric_reference import reference
+
+            return reference(crops, params.to("cpu"), affine, out_dtype)
+        out = torch.empty(crops.shape, dtype=out_dtype, device=crops.device)
+        if chosen == "triton" and len(crops):
+            from kernels.fused import photometric as fused
+
+            fused.render(crops.contiguous(), pack(params), affine, out)
+        elif len(crops):
+            from kernels import photometric_cpu
+
+            photometric_cpu.render(crops.contiguous(), pack(params.to("cpu")), affine, out)
+    return out.permute(0, 3, 1, 2)
 
 
-def _check(crops: Tensor, params: PhotometricParams, mean: Sequence[float], std: Sequence[float], backend: str) -> None:
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend: expected one of auto, reference, got {backend!r}")
+def pack(params: PhotometricParams) -> Tensor:
+    """[B, 15] float32 on the device of `params`: all that a compiled kernel wants to know of a sample.
+
+    Columns: 0 flip; 1 how many steps come before contrast (5: there is no contrast); 2-6 the operations, which are
+    the jitter's in their order and, for grayscale, a saturation of 0 (4: nothing); 7-11 their factors; 12 the
+    threshold of solarising, or infinity; 13 the blur's sigma; 14 its radius, taps on either side (0: no blur).
+    """
+    order = params.order * params.jitter[:, None]
+    factors = torch.stack((params.brightness, params.contrast, params.saturation, params.hue), 1).gather(1, order)
+    neutral = order != HUE  # a factor of 1, or a shift by 0
+    steps = torch.where(params.jitter[:, None] & (factors != neutral), order, _NOTHING)
+    before = (steps == CONTRAST).cumsum(1).eq(0).sum(1)
+    before += before == _NOTHING
+    gray = torch.where(params.grayscale, SATURATION, _NOTHING)
+    threshold = torch.where(params.solarize, params.solarize_threshold, math.inf)
+    # All taps further out than 4.9 sigma weigh a millionth together.
+    radius = (4.9 * params.blur_sigma - 0.5).ceil().clamp(0, params.blur_kernel // 2)
+    columns = (params.flip, before, steps, gray, factors, 0 * radius, threshold, params.blur_sigma, radius)
+    return torch.cat([c if c.ndim == 2 else c[:, None] for c in columns], 1).to(torch.float32)
+
+
+def _check(
+    crops: Tensor, params: PhotometricParams, mean: Sequence[float], std: Sequence[float], out_dtype: torch.dtype
+) -> None:
     if crops.ndim != 4 or crops.shape[-1] != 3 or crops.dtype != torch.uint8:
         raise ValueError(f"crops: expected [B, H, W, 3] uint8, got {list(crops.shape)} {crops.dtype}")
+    if 0 in crops.shape[1:3]:
+        raise ValueError(f"crops: expected at least one pixel, got {list(crops.shape)}")
     if len(params) != len(crops):
         raise ValueError(f"params: {len(params)} samples for {len(crops)} crops")
     if len(mean) != 3 or len(std) != 3:
         raise ValueError(f"mean, std: expected three channels each, got {list(mean)} and {list(std)}")
+    if not (all(map(math.isfinite, mean)) and all(0 < s < math.inf for s in std)):
+        raise ValueError(f"mean, std: expected finite numbers, std above 0, got {list(mean)} and {list(std)}")
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f"out_dtype: expected one of {', '.join(map(str, OUT_DTYPES))}, got {out_dtype}")
     kernel, shortest = params.blur_kernel, min(crops.shape[1:3])
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"blur_kernel: expected an odd number of pixels, got {kernel}")
     if kernel // 2 >= max(shortest, 2):
         raise ValueError(f"blur_kernel: {kernel} reaches beyond the reflection of {shortest} pixels")
+    if not 0 <= params.solarize_threshold <= 1:
+        raise ValueError(f"solarize_threshold: expected a number in [0, 1], got {params.solarize_threshold}")
+    for name in _TENSORS:
+        tensor, shape = getattr(params, name), [len(crops), 4] if name == "order" else [len(crops)]
+        wanted = "float32" if name in _RANGES else "int64" if name == "order" else "bool"
+        given = str(tensor.dtype).removeprefix("torch.")
+        if list(tensor.shape) != shape or (given != wanted and not (name in _RANGES and tensor.is_floating_point())):
+            raise ValueError(f"params.{name}: expected {shape} {wanted}, got {list(tensor.shape)} {given}")
+    # Values are looked at only where that costs no wait for a device.
+    if len(crops) and all(getattr(params, name).device.type == "cpu" for name in _TENSORS):
+        _check_values(params)
 
 
-# ---- the reference -------------------------------------------------------------------------------------
-
-
-def _reference(
-    crops: Tensor,
-    params: PhotometricParams,
-    mean: Sequence[float],
-    std: Sequence[float],
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """Planes [B, 3, H, W] in float32, changed in place. Samples are first sorted by the order of their
-    jitter, so that each of the 24 orders works on one contiguous slice, which costs no copies."""
-    device = crops.device
-    kinds = torch.where(params.jitter, _order_index(params.order), len(ORDERS))
-    jittered = bool(params.jitter.any())
-    if jittered:
-        sorting = torch.argsort(kinds, stable=True)
-        params, crops = params.select(sorting), crops.index_select(0, sorting.to(device, non_blocking=True))
-
-    x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-    _on_subset(x, params.flip, lambda part, _: part.flip(-1))
-    if jittered:
-        factors = (params.brightness, params.contrast, params.saturation, params.hue)
-        idle = [bool((factor == neutral).all()) for factor, neutral in zip(factors, (1, 1, 1, 0), strict=True)]
-        moved = torch.stack(factors).to(device, non_blocking=True)
-        counts = torch.bincount(kinds, minlength=len(ORDERS) + 1).tolist()
-        start = 0
-        for order, count in zip(ORDERS, counts, strict=False):
-            for operation in order if count else ():
-                if not idle[operation]:
-                    part = slice(start, start + count)
-                    _JITTER[operation](x[part], moved[operation, part].view(-1, 1, 1))
-            start += count
-    _on_subset(x, params.grayscale, lambda part, _: _gray(part).unsqueeze(1).expand_as(part))
-    blurred = params.blur_sigma > 0
-    if bool(blurred.any()):
-        sigma = params.blur_sigma.to(device, non_blocking=True)
-        step = max(1, _BLUR_BYTES // (4 * (2 * x[0].numel() + 4 * x.shape[2] ** 2 + x.shape[3] ** 2)))
-        _on_subset(x, blurred, lambda part, at: _blur(part, sigma[at], params.blur_kernel), step)
-    threshold = params.solarize_threshold
-    _on_subset(x, params.solarize, lambda part, _: torch.where(part >= threshold, 1 - part, part))
-
-    # One multiply-add: x / std - mean / std.
-    affine = torch.tensor([[1 / s, -m / s] for m, s in zip(mean, std, strict=True)], dtype=torch.float32)
-    scale, shift = affine.to(device, non_blocking=True).view(3, 2, 1, 1).unbind(1)
-    x = torch.addcmul(shift, x, scale)
-    x = x.to(out_dtype, memory_format=torch.channels_last)
-    if jittered:
-        back = torch.argsort(sorting).to(device, non_blocking=True)
-        x = x.permute(0, 2, 3, 1).index_select(0, back).permute(0, 3, 1, 2)
-    return x
-
-
-def _order_index(order: Tensor) -> Tensor:
-    """[B] int64: the place in ORDERS of each [B, 4] permutation."""
-    digits = torch.tensor([64, 16, 4, 1])
-    table = torch.zeros(256, dtype=torch.int64)
-    table[(torch.tensor(ORDERS) * digits).sum(1)] = torch.arange(len(ORDERS))
-    return table[(order * digits).sum(1)]
-
-
-def _on_subset(x: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Tensor], step: int | None = None) -> None:
-    """Replaces the samples of `x` in `mask` ([B] bool, CPU) by change(samples, their indices on the
-    device)."""
-    indices = mask.nonzero().squeeze(1)
-    if len(indices) == 0:
-        return
-    for part in indices.split(step or len(indices)):
-        at = part.to(x.device, non_blocking=True)
-        x.index_copy_(0, at, change(x.index_select(0, at), at))
-
-
-def _gray(x: Tensor) -> Tensor:
-    """[b, 3, H, W] -> [b, H, W]."""
-    red, green, blue = x.unbind(1)
-    return (red * _GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
-
-
-def _brightness(x: Tensor, factor: Tensor) -> None:
-    x.mul_(factor[:, None]).clamp_(0, 1)
-
-
-def _contrast(x: Tensor, factor: Tensor) -> None:
-    mean = _gray(x).mean((1, 2)).view(-1, 1, 1)
-    x.mul_(factor[:, None]).add_(((1 - factor) * mean)[:, None]).clamp_(0, 1)
-
-
-def _saturation(x: Tensor, factor: Tensor) -> None:
-    gray = _gray(x).mul_(1 - factor)
-    x.mul_(factor[:, None]).add_(gray[:, None]).clamp_(0, 1)
-
-
-def _hue(x: Tensor, factor: Tensor) -> None:
-    """Through HSV without writing S and V out: with M and m the largest and smallest channel and h the hue in
-    sixths of a turn, red, green and blue are M - (M - m) * clamp(min(k, 4 - k), 0, 1) at k = (h + 5, 3, 1)
-    mod 6."""
-    red, green, blue = x.unbind(1)
-    minimum, maximum = torch.aminmax(x, dim=1)
-    chroma = maximum - minimum
-    divisor = chroma.clamp(min=1e-12)  # where it acts, all three differences are zero
-    sixths = torch.where(maximum == green, (blue - red).div_(divisor).add_(2), (red - green).div_(divisor).add_(4))
-    sixths = torch.where(maximum == red, (green - blue).div_(divisor), sixths).add_(6 * factor)
-    for channel, offset in zip((red, green, blue), (5, 3, 1), strict=True):
-        k = (sixths + offset).remainder_(6)
-        ramp = torch.minimum(k, 4 - k).clamp_(0, 1)
-        torch.addcmul(maximum, chroma, ramp, value=-1, out=channel)
-
-
-_JITTER = (_brightness, _contrast, _saturation, _hue)
-
-
-def _blur(x: Tensor, sigma: Tensor, kernel: int) -> Tensor:
-    """Gaussian blur of [b, 3, H, W] with sigma [b] as two batched products with banded matrices: reflection
-    is folded into the bands, and every sample may have its own sigma."""
-    half = kernel // 2
-    offset = torch.arange(-half, half + 1, device=x.device, dtype=torch.float32)
-    weights = torch.softmax(-0.5 * (offset / sigma[:, None]).square(), dim=1)  # [b, kernel]
-    batch, _, height, width = x.shape
-    rows = (weights @ _reflections(height, kernel, x.device)).view(batch, 1, height, height)
-    columns = (weights @ _reflections(width, kernel, x.device)).view(batch, width, width)
-    return rows @ (x.flatten(1, 2) @ columns.transpose(1, 2)).view_as(x)
-
-
-@lru_cache(maxsize=8)
-def _reflections(extent: int, kernel: int, device: torch.device) -> Tensor:
-    """[kernel, extent * extent] float32: for each tap, the 0/1 matrix from pixels to the outputs they
-    reach."""
-    half = kernel // 2
-    target = torch.arange(extent)
-    source = (target + torch.arange(-half, half + 1)[:, None]).abs()  # [kernel, extent], mirrored at the first pixel
-    source = torch.minimum(source, 2 * (extent - 1) - source)  # and at the last
-    matrices = torch.zeros(kernel, extent, extent)
-    matrices[torch.arange(kernel)[:, None], target, source] = 1.0
-    return matrices.view(kernel, -1).to(device)
+def _check_values(params: PhotometricParams) -> None:
+    *factors, sigma = (getattr(params, name).to(torch.float32) for name in _RANGES)
+    values = torch.cat([torch.stack(factors) * params.jitter, sigma[None]])
+    least, most = values.aminmax(dim=1)
+    for (name, (low, high)), a, b in zip(_RANGES.items(), least.tolist(), most.tolist(), strict=True):
+        if not (low <= a and b <= high and b < math.inf):  # neither holds for NaN
+            limits = f"from {low} to {high}" if high < math.inf else f"finite, from {low} up"
+            raise ValueError(f"params.{name}: expected numbers {limits}, got {a} to {b}")
+    order = torch.where(params.jitter[:, None], params.order, torch.arange(4)).sort(1).values
+    if not torch.equal(order, torch.arange(4).expand_as(order)):
+        raise ValueError("params.order: expected a permutation of 0, 1, 2, 3 for each sample whose jitter is True")
