@@ -25,7 +25,8 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.base
-	$(BIN)/python benchmarks/ntxent.py
+	$(BIN)/pip install -q -e .[bench]
+	$(BIN)/python benchmarks/kernels.py
 
 clean:
 	rm -rf $(VENV)

@@ -45,7 +45,12 @@ class Method(BaseMethod):
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
         z1, z2 = embeddings["z"].unbind(0)
-        loss = ntxent(z1, z2, temperature=self.temperature, group=group)
+        loss, hits = ntxent(z1, z2, temperature=self.temperature, group=group, return_hits=True)
         with torch.no_grad():
             positive, negative = view_similarities(z1, z2, group)
-        return {"loss": loss, "positive_similarity": positive, "negative_similarity": negative}
+        return {
+            "loss": loss,
+            "contrastive_accuracy": hits.float().mean(),  # of this rank's anchors
+            "positive_similarity": positive,
+            "negative_similarity": negative,
+        }
