@@ -1,12 +1,14 @@
-"""Exact search of a bank by inner product, in tiles: no [M, L] score matrix."""
+"""Exact search of a bank by inner product: no [M, L] score matrix, and of equal scores the lowest index wins."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-_TILE_ELEMENTS = 1 << 22  # scores alive at a time: 16 MB in float32
-_BANK_TILE = 4096
+from kernels.backends import BACKENDS, choose_backend
+from kernels.nearest_cpu import best_k, best_one
+
+TRITON_LARGEST_K = 256
 
 
 @torch.no_grad()
@@ -20,66 +22,80 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` bank rows with the largest inner product with each query, best first.
 
+    Every backend orders by (score, lowest index), so that equal rows of the bank come in the bank's order. Scores
+    are never rounded to the 16 bits of their inputs, in which many would tie. A score that is NaN never matches.
+
     Args:
-        queries: [M, D], any floating dtype; products are accumulated in float32 (float64 for float64 rows).
-        bank: [L, D], on the same device.
+        queries: [M, D], any floating dtype; products are accumulated in float32 (float64 where either is float64).
+        bank: [L, D], on the same device; may be of another dtype.
         k: how many, 1 <= k <= L.
         exclude: (query_ids [M], bank_ids [L]) integers; a bank row with a query's id never matches it.
-        backend: "auto" or "tiled" (this), or "reference" (one matrix product and one sort).
+        backend: "auto" (Triton on CUDA up to k = 256, else tiles of PyTorch), "triton" (a larger k takes the tiles),
+            "tiled", or "reference" (one matrix product and one sort).
 
     Returns:
-        scores [M, k] and indices [M, k] int64. Where fewer than k rows are allowed, the rest have score -inf.
+        scores [M, k] float32 (float64) and indices [M, k] int64. Where fewer than k rows are allowed, the rest have
+        score -inf and index -1.
 
     Raises:
-        ValueError: shapes, k or backend do not fit.
+        ValueError: shapes, devices, k or backend do not fit.
     """
     _check(queries, bank, k, exclude, backend)
-    if backend == "reference":
-        return _scores(queries, bank, exclude, slice(0, len(queries)), slice(0, len(bank))).topk(k, dim=1)
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores = torch.empty(len(queries), k, dtype=dtype, device=queries.device)
-    indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
-    bank_tile = max(_BANK_TILE, k)
-    rows = max(1, _TILE_ELEMENTS // min(bank_tile, len(bank)))
-    for top in range(0, len(queries), rows):
-        block = slice(top, min(top + rows, len(queries)))
-        best: tuple[Tensor, Tensor] | None = None
-        for left in range(0, len(bank), bank_tile):
-            columns = slice(left, min(left + bank_tile, len(bank)))
-            tile = _scores(queries, bank, exclude, block, columns)
-            values, places = tile.topk(min(k, tile.shape[1]), dim=1)
-            places += left
-            if best is not None:
-                values, places = torch.cat([best[0], values], 1), torch.cat([best[1], places], 1)
-                values, order = values.topk(min(k, values.shape[1]), dim=1)
-                places = places.gather(1, order)
-            best = (values, places)
-        assert best is not None
-        scores[block], indices[block] = best
-    return scores, indices
+    backend = choose_backend(backend, queries, bank)
+    if backend == "triton" and k > TRITON_LARGEST_K:
+        backend = "tiled"
+    with torch.autocast(queries.device.type, enabled=False):
+        if backend == "reference":
+            return _reference(queries, bank, k, exclude)
+        if len(queries) == 0:
+            return queries.new_empty(0, k, dtype=torch.float32), queries.new_empty(0, k, dtype=torch.int64)
+        if backend == "triton":
+            from kernels.fused.nearest import fused_best_one
+            from kernels.fused.nearest_k import fused_best_k
+
+            if k > 1:
+                return fused_best_k(queries, bank, k, exclude)
+            scores, indices = fused_best_one(queries, bank, exclude=exclude)
+            return scores[:, None], indices[:, None]
+        if k > 1:
+            return best_k(queries, bank, k, exclude)
+        scores, indices = best_one(queries, bank, exclude=exclude)
+        return scores[:, None], indices[:, None]
 
 
-def _scores(
-    queries: Tensor, bank: Tensor, exclude: tuple[Tensor, Tensor] | None, rows: slice, columns: slice
-) -> Tensor:
-    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
-    scores = queries[rows].to(dtype) @ bank[columns].to(dtype).T
+def _reference(queries: Tensor, bank: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+    scores = queries.to(wide) @ bank.to(wide).T
+    scores.masked_fill_(scores.isnan(), -torch.inf)
     if exclude is not None:
-        scores.masked_fill_(exclude[0][rows, None] == exclude[1][None, columns], float("-inf"))
-    return scores
+        scores.masked_fill_(exclude[0][:, None] == exclude[1][None, :], -torch.inf)
+    scores, indices = (ordered[:, :k] for ordered in scores.sort(dim=1, descending=True, stable=True))
+    return scores, indices.masked_fill(scores == -torch.inf, -1)
 
 
 def _check(queries: Tensor, bank: Tensor, k: int, exclude: tuple[Tensor, Tensor] | None, backend: str) -> None:
-    if queries.dim() != 2 or bank.dim() != 2 or queries.shape[1] != bank.shape[1]:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not known; choose one of {', '.join(BACKENDS)}")
+    if queries.dim() != 2 or bank.dim() != 2 or queries.shape[1] != bank.shape[1] or queries.shape[1] == 0:
         raise ValueError(
-            f"queries [M, D] and bank [L, D] must share D, got {list(queries.shape)} and {list(bank.shape)}"
+            f"queries [M, D] and bank [L, D] must share D >= 1, got {list(queries.shape)} and {list(bank.shape)}"
         )
+    for name, rows in (("queries", queries), ("bank", bank)):
+        if not rows.is_floating_point():
+            raise ValueError(f"{name} has dtype {rows.dtype}, expected a floating-point dtype")
+    if queries.device != bank.device:
+        raise ValueError(f"queries are on {queries.device} and the bank on {bank.device}, expected one device")
     if not 1 <= k <= len(bank):
         raise ValueError(f"k={k} must lie between 1 and the bank's {len(bank)} rows")
-    if exclude is not None and (len(exclude[0]) != len(queries) or len(exclude[1]) != len(bank)):
+    if exclude is None:
+        return
+    if exclude[0].shape != (len(queries),) or exclude[1].shape != (len(bank),):
         raise ValueError(
-            f"exclude must be (query_ids [{len(queries)}], bank_ids [{len(bank)}]), got lengths"
-            f" {len(exclude[0])} and {len(exclude[1])}"
+            f"exclude must be (query_ids [{len(queries)}], bank_ids [{len(bank)}]), got shapes"
+            f" {list(exclude[0].shape)} and {list(exclude[1].shape)}"
         )
-    if backend not in ("auto", "tiled", "reference"):
-        raise ValueError(f"backend={backend!r} is not known; choose auto, tiled or reference")
+    for ids in exclude:
+        if ids.is_floating_point() or ids.is_complex():
+            raise ValueError(f"exclude holds ids of dtype {ids.dtype}, expected integers")
+        if ids.device != bank.device:
+            raise ValueError(f"exclude holds ids on {ids.device}, expected them on {bank.device}, where the bank is")
