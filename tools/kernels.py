@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +51,7 @@ def main(
     arch: Annotated[int, typer.Option(help="compute capability without the dot: 80, 86, 89, 90, 100, 120")] = 90,
     only: Annotated[str, typer.Option(help="the kernels whose name contains this")] = "",
     to: Annotated[Path | None, typer.Option("--json", help="write the results there as well")] = None,
+    jobs: Annotated[int, typer.Option(help="processes that compile at a time; 0: one a core")] = 0,
 ) -> None:
     if arch not in SHARED_BYTES:
         raise typer.BadParameter(f"expected one of {', '.join(map(str, SHARED_BYTES))}, got {arch}")
@@ -62,7 +66,7 @@ def main(
         ("problem", "left"),
     ):
         table.add_column(heading, justify=side)  # type: ignore[arg-type]
-    found = list(occupations(arch, only))
+    found = list(occupations(arch, only, jobs or os.cpu_count() or 1))
     for one in found:
         cells = (one.registers, one.stack, f"{one.shared:,}", "yes" if one.tensor_cores else "", one.problem)
         table.add_row(one.case, one.config, *map(str, cells))
@@ -77,14 +81,29 @@ def main(
     raise typer.Exit(1 if any(one.problem for one in found) else 0)
 
 
-def occupations(arch: int, only: str = "") -> Iterator[Occupation]:
+def occupations(arch: int, only: str = "", jobs: int = 1) -> Iterator[Occupation]:
     """Every case of every module of kernels.fused, compiled in each configuration that suits `arch`."""
-    for module in pkgutil.iter_modules(kernels.fused.__path__):
-        cases = getattr(importlib.import_module(f"kernels.fused.{module.name}"), "compile_cases", list)
-        for case in cases():
-            if only in case.name:
-                for config in case.suitable(SHARED_BYTES[arch]):
-                    yield compile_case(case, config, arch)
+    todo = [
+        (module.name, place, arch)
+        for module in pkgutil.iter_modules(kernels.fused.__path__)
+        for place, case in enumerate(_cases(module.name))
+        if only in case.name
+    ]
+    # Fresh processes: a forked one would share this one's threads and compilers.
+    with ProcessPoolExecutor(min(jobs, len(todo)) or 1, multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(_compile_all, todo):
+            yield from found
+
+
+def _compile_all(todo: tuple[str, int, int]) -> list[Occupation]:
+    module, place, arch = todo
+    case = _cases(module)[place]
+    return [compile_case(case, config, arch) for config in case.suitable(SHARED_BYTES[arch])]
+
+
+def _cases(module: str) -> list[Any]:
+    cases: list[Any] = getattr(importlib.import_module(f"kernels.fused.{module}"), "compile_cases", list)()
+    return cases
 
 
 def compile_case(case: Any, config: Any, arch: int) -> Occupation:
