@@ -137,7 +137,7 @@ def nearest_contenders(queries: int, small: bool) -> dict[str, Run]:
 
         module = NNMemoryBankModule(size=(size, 256))
         module(rows[:1], update=True)  # makes the bank
-        module.bank = bank.T.contiguous()
+        module.bank = bank
         return lambda: module(rows)
 
     def faiss() -> Run:

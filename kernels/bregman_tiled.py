@@ -73,8 +73,8 @@ def _add_log_counts_(logits: Tensor, own: Tensor, partner: Tensor, counts: Tenso
     at_partner, of_own, of_partner = logits.gather(1, partner), counts[own], counts[partner]
     same = (own == partner).to(counts.dtype)
     logits.add_(counts.to(logits.dtype).log())
-    # The logit at the own winner is 0.
-    logits.scatter_(1, own, (of_own - 1 - same).to(logits.dtype).log())
+    # The logit at the own winner is 0. Where the partner's is the same, the next line has the last word.
+    logits.scatter_(1, own, (of_own - 1).to(logits.dtype).log())
     return logits.scatter_(1, partner, at_partner + (of_partner - 1 - same).to(logits.dtype).log())
 
 

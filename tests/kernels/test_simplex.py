@@ -112,7 +112,9 @@ def test_reference_is_the_definition(temperature):
 @pytest.mark.parametrize("backend", ["tiled", TRITON])
 def test_options_are_used(backend):
     z1, z2 = views(37, 8, scale=2, dtype=torch.float32)
-    for options in ({"beta": 3.0}, {"floor": 0.5}, {"beta": 0.1, "floor": 0.9, "temperature": 0.3}):
+    first, second, _ = simplex_tiled.posteriors(z1, z2, 0.8)
+    assert 0.1 < (37 * first @ second.T < 4).float().mean() < 0.9  # the floors act here and there
+    for options in ({"beta": 3.0}, {"floor": 4.0}, {"beta": 2.0, "floor": 5.0, "temperature": 0.3}):
         options = {"temperature": 1.0, **options}
         exact, exact_gradient = loss_and_gradient(z1.double(), z2.double(), definition, **options)
         loss, gradient = loss_and_gradient(z1, z2, backend=backend, **options)
@@ -142,11 +144,13 @@ def test_identical_rows_and_a_single_pair(backend):
 
 @pytest.mark.parametrize("backend", ["tiled", TRITON, "reference"])
 def test_no_gradient_where_the_floor_acts(backend):
-    # Each row has a class of its own, another in each view: no two posteriors meet.
-    rows = torch.eye(24) * 400 - 200
-    loss, gradient = loss_and_gradient(rows[:12], rows[12:], floor=0.01, backend=backend)
-    assert math.isclose(loss.item(), math.log(12), rel_tol=1e-6)
-    assert not gradient.any()
+    z1, z2 = views(12, 6, dtype=torch.float32)
+    for temperature in (0.01, 0.5):
+        loss, gradient = loss_and_gradient(z1, z2, temperature=temperature, floor=12.0, backend=backend)
+        assert math.isclose(loss.item(), math.log(12), rel_tol=1e-5)
+        assert not gradient.any()
+        loss, gradient = loss_and_gradient(z1, z2, temperature=temperature, floor=1.0, backend=backend)
+        assert gradient.any()
 
 
 @pytest.mark.parametrize("backend", ["tiled", TRITON])
@@ -306,7 +310,7 @@ def share_of_a_rank(group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor, Tens
     for dtype, backend, temperature in COMBINATIONS:
         x1, x2, encoder = encode(world * PAIRS_A_RANK, dtype)
         z1, z2 = x1[mine] @ encoder, x2[mine] @ encoder
-        loss = simplex_loss(z1, z2, temperature=temperature, floor=0.2, group=group, backend=backend)
+        loss = simplex_loss(z1, z2, temperature=temperature, floor=3.0, group=group, backend=backend)
         *rows, gradient = torch.autograd.grad(loss, (z1, z2, encoder))
         dist.all_reduce(gradient, group=group)
         shares.append((loss.detach(), torch.stack(rows), gradient / world))
@@ -337,7 +341,7 @@ def assert_shares_of_the_whole_batch(shares: list[list[tuple[Tensor, Tensor, Ten
     for case, (dtype, backend, temperature) in enumerate(COMBINATIONS):
         x1, x2, encoder = encode(world * PAIRS_A_RANK, dtype)
         z1, z2 = x1 @ encoder, x2 @ encoder
-        whole = simplex_loss(z1, z2, temperature=temperature, floor=0.2, backend="reference")
+        whole = simplex_loss(z1, z2, temperature=temperature, floor=3.0, backend="reference")
         *rows, gradient = torch.autograd.grad(whole, (z1, z2, encoder))
         tolerance = (1e-5 if dtype == torch.float32 else 1e-9) * max(1, 0.1 / temperature)
         for rank, share in enumerate(shares):

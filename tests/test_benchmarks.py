@@ -1,0 +1,60 @@
+"""The GPU benchmark runs from end to end, in tiny, before someone pays for a GPU to find out that it does not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent
+MISSING = "numba", "pydantic", "rich", "torchvision", "sklearn", "yaml", "typer", "deepspeed"
+# What benchmarks/gpu.py promises to do without.
+WITHOUT_THEM = f"""
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {MISSING!r}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+sys.path.insert(0, {str(ROOT)!r})
+sys.argv = ["gpu.py", *sys.argv[1:]]
+import tests.kernels.conftest
+runpy.run_path("benchmarks/gpu.py", run_name="__main__")
+"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_THEM, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "0" if torch.cuda.is_available() else "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("only", ["kmeans", "bregman", "ntxent"])
+def test_the_gpu_benchmark_runs_with_torch_and_triton_alone(only: str, tmp_path: Path) -> None:
+    finished = run("--smoke", "--only", only, "--json", str(tmp_path / "found.json"))
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["limits"]["copy_gb_s"] > 0
+    assert found["checks"]
+    assert all(check["passed"] and only in check["check"] for check in found["checks"])
+    ours = [case for case in found["cases"] if case["contender"] == "twinstream"]
+    assert ours
+    assert all(case["ms"] > 0 and case["times_ours"] == 1 for case in ours)
+    plain = [case for case in found["cases"] if case["contender"].startswith(("plain", "matmul")) and "ms" in case]
+    assert plain
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    finished = run()
+    assert finished.returncode == 2
+    assert "no CUDA device" in finished.stderr
