@@ -177,8 +177,9 @@ class _FusedContrastive(torch.autograd.Function):
         excluded = torch.full_like(positive, -1) if exclude is None else exclude.to(positive.dtype)
         left_out = fused.LeftOut(fused.OF_ROWS, positive.contiguous(), excluded.contiguous())
         losses, margin, log_sums, hits = fused.sum_rows(x, y, own, left_out, temperature, False, return_hits)
-        ctx.save_for_backward(anchors, candidates, margin, log_sums)
-        ctx.operands, ctx.left_out, ctx.temperature = (x, y), left_out, temperature
+        units = [operand.unit if isinstance(operand.unit, Tensor) else None for operand in (x, y)]
+        ctx.save_for_backward(anchors, candidates, *left_out[1:3], margin, log_sums, x.rows, y.rows, *units)
+        ctx.split, ctx.temperature = x.split, temperature
         if hits is not None:
             ctx.mark_non_differentiable(hits)
         return losses, hits
@@ -188,8 +189,12 @@ class _FusedContrastive(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         from kernels.fused import contrastive as fused
 
-        anchors, candidates, margin, log_sums = ctx.saved_tensors
-        (x, y), left_out = ctx.operands, ctx.left_out
+        anchors, candidates, positive, excluded, margin, log_sums, *operands = ctx.saved_tensors
+        x, y = (
+            fused.Operand(rows, ctx.split, 1.0 if unit is None else unit)
+            for rows, unit in zip(operands[:2], operands[2:], strict=True)
+        )
+        left_out = fused.LeftOut(fused.OF_ROWS, positive, excluded)
         with torch.autocast(anchors.device.type, enabled=False):
             # Weights of at most 1 for the product in half precision, whatever the scale of the upstream gradient.
             largest = upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
@@ -206,7 +211,7 @@ class _FusedContrastive(torch.autograd.Function):
             share = (margin.sigmoid() * upstream / ctx.temperature)[:, None]
             return (
                 *_with_positives(
-                    of_anchors, of_candidates, anchors.float(), candidates, left_out.positive, share, anchors.dtype
+                    of_anchors, of_candidates, anchors.float(), candidates, positive, share, anchors.dtype
                 ),
                 *(None,) * 5,
             )
