@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.contrastive import on
+from kernels.fused.launching import columns_a_split, on
 from kernels.fused.products import product
 from kernels.fused.tuning import CompileCase, bucket, tuned
 
@@ -251,7 +251,7 @@ def prepare(rows: Tensor) -> Tensor:
 def soft_margins(costs: Tensor, choices: Tensor, positive: Tensor, start: int, scales: tuple[float, float]) -> Tensor:
     """As `kernels.bregman_tiled.soft_margins`, of padded rows."""
     n, m = len(costs), len(choices)
-    a_split = _columns_a_split(n, m, costs.device)
+    a_split = columns_a_split(n, m, costs.device, 64, _GRANULE)
     table = costs.new_empty(triton.cdiv(m, a_split), n)
     with on(costs.device):
         _soft_margins[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), len(table))](
@@ -265,7 +265,7 @@ def soft_pull(x: Tensor, y: Tensor, sums: Tensor, start: int, scales: tuple[floa
     """As `kernels.bregman_tiled.soft_pull`, of padded rows."""
     n, m, width = len(x), len(y), x.shape[1]
     block = min(width, _WIDEST_BLOCK)
-    a_split = _columns_a_split(n, m, x.device)
+    a_split = columns_a_split(n, m, x.device, 64, _GRANULE)
     pulled = x.new_empty(triton.cdiv(m, a_split), n, width)
     with on(x.device):
         _soft_pull[lambda meta: (triton.cdiv(n, meta["BLOCK_M"]), len(pulled), width // block)](
@@ -282,13 +282,6 @@ def _precision() -> str:
 def _row_block(k: int) -> dict[str, int]:
     block = max(16, triton.next_power_of_2(k))
     return {"BLOCK_K": block, "ROWS": max(1, 1024 // block)}
-
-
-def _columns_a_split(rows: int, columns: int, device: torch.device) -> int:
-    """Columns that one block visits: as many as leave every multiprocessor about two blocks of work."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    splits = max(1, 2 * processors // triton.cdiv(rows, 64))
-    return triton.cdiv(triton.cdiv(columns, splits), _GRANULE) * _GRANULE
 
 
 def compile_cases() -> list[CompileCase]:

@@ -12,7 +12,6 @@ those of `contrastive_loss` come as indices. Logarithms are in base 2 inside, na
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.fused.launching import columns_a_split, on
 from kernels.fused.products import product, rounded
 from kernels.fused.tuning import CompileCase, bucket, tuned
 
@@ -355,12 +355,13 @@ def sum_rows(
     The positives' logits come apart, [M] or, repeating, a divisor of it.
     """
     m, count, device = len(x.rows), len(y.rows), x.rows.device
-    splits = _splits(m, count, device)
+    a_split = columns_a_split(m, count, device, 128, _GRANULE)
+    splits = triton.cdiv(count, a_split)
     sums = torch.empty(splits, m, dtype=torch.float32, device=device)
     highest = torch.empty_like(sums) if hits else sums
     with on(device):
         _sum_rows[lambda meta: (triton.cdiv(m, meta["BLOCK_M"]), splits)](
-            x.rows, y.rows, *_pointers(left_out, sums), sums, highest, m, count, _columns_a_split(count, splits),
+            x.rows, y.rows, *_pointers(left_out, sums), sums, highest, m, count, a_split,
             left_out.start, left_out.half, *_scale(x, y, temperature), bucket(m), bucket(count),
             KIND=left_out.kind, CONSTANT_SHIFT=constant_shift, HITS=hits, **_shape(x),
         )  # fmt: skip
@@ -382,13 +383,14 @@ def pull(
     In units of `y.unit`; weights [M] or [L] are of at most 1.
     """
     m, count, device = len(x.rows), len(y.rows), x.rows.device
-    splits = _splits(m, count, device)
+    a_split = columns_a_split(m, count, device, 128, _GRANULE)
+    splits = triton.cdiv(count, a_split)
     shape = _shape(x)
     pulled = torch.empty(splits, m, shape["D"], dtype=torch.float32, device=device)
     with on(device):
         _pull[lambda meta: (triton.cdiv(m, meta["BLOCK_M"]), splits, shape["D"] // shape["BLOCK_D"])](
             x.rows, y.rows, *_pointers(left_out, log_sums), log_sums, log_sums if weights is None else weights, pulled,
-            m, count, _columns_a_split(count, splits), left_out.start, left_out.half, *_scale(x, y, temperature),
+            m, count, a_split, left_out.start, left_out.half, *_scale(x, y, temperature),
             bucket(m), bucket(count), KIND=left_out.kind, CONSTANT_SHIFT=constant_shift, **shape,
         )  # fmt: skip
     return pulled
@@ -410,23 +412,6 @@ def _pointers(left_out: LeftOut, unused: Tensor) -> tuple[Tensor, Tensor]:
 def _shape(x: Operand) -> dict[str, Any]:
     scaled = isinstance(x.unit, Tensor)
     return {"D": x.width, "BLOCK_D": block_width(x.width, x.split), "SPLIT": x.split, "SCALED": scaled}
-
-
-def _splits(rows: int, columns: int, device: torch.device) -> int:
-    """Into how many the columns are divided, so that every multiprocessor has about two blocks to work on."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    wanted = max(1, 2 * processors // triton.cdiv(rows, 128))
-    a_split = _columns_a_split(columns, wanted)
-    return triton.cdiv(columns, a_split)
-
-
-def _columns_a_split(columns: int, splits: int) -> int:
-    return triton.cdiv(triton.cdiv(columns, splits), _GRANULE) * _GRANULE
-
-
-def on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def compile_cases() -> list[CompileCase]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.contrastive import on
+from kernels.fused.launching import on
 from kernels.fused.products import product
 from kernels.fused.tuning import CompileCase
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.fused import contrastive
 from kernels.fused.contrastive import SYMMETRIC, LeftOut, Operand
+from kernels.fused.launching import on
 from kernels.fused.products import rounded
 from kernels.fused.tuning import CompileCase
 from kernels.ntxent_tiled import RowSums
@@ -118,7 +119,7 @@ def normalise(z1: Tensor, z2: Tensor, temperature: float, exact_products: bool) 
     anchors = z1.new_empty(2 * n, 2 * width if exact_products else width, dtype=torch.float16)
     norms, positive = z1.new_empty(2 * n, dtype=torch.float32), z1.new_empty(n, dtype=torch.float32)
     block = _row_block(width)
-    with contrastive.on(z1.device):
+    with on(z1.device):
         _normalise[(triton.cdiv(n, block["PAIRS"]),)](
             z1,
             z2,
@@ -185,7 +186,7 @@ def through_normalisation(
     gradient1, gradient2 = z1.new_empty(n, d), z1.new_empty(n, d)
     splits, _, width = pull.shape
     block = _row_block(width)
-    with contrastive.on(z1.device):
+    with on(z1.device):
         _through_normalisation[(triton.cdiv(n, block["PAIRS"]),)](
             pull, z1, z2, norms, margin, upstream, gradient1, gradient2, n, d,
             *z1.stride(), *z2.stride(), splits, factor, WIDTH=width, **block,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.contrastive import on
+from kernels.fused.launching import on
 from kernels.fused.tuning import CompileCase
 
 WIDEST_BLOCK = 128  # columns of float32 posteriors that a tile of them holds

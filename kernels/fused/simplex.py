@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused.contrastive import on
+from kernels.fused.launching import columns_a_split, on
 from kernels.fused.posteriors import WIDEST_BLOCK, posteriors, through_posterior
 from kernels.fused.products import product
 from kernels.fused.tuning import CompileCase, bucket, tuned
@@ -185,7 +185,7 @@ def log_sums(rows: Tensor, columns: Tensor, start: int, settings: Settings) -> t
     of_columns = torch.empty(0)
     for top in range(0, n, _ROWS_A_LAUNCH):
         some = rows[top : top + _ROWS_A_LAUNCH]
-        a_split = _columns_a_split(len(some), m, rows.device)
+        a_split = columns_a_split(len(some), m, rows.device, 64, _GRANULE)
         row_table = rows.new_empty(triton.cdiv(m, a_split), len(some))
         column_table = rows.new_empty(triton.cdiv(len(some), _GRANULE), m)
         with on(rows.device):
@@ -205,7 +205,7 @@ def pull(
 ) -> Tensor:
     """As `kernels.simplex_tiled.pull`, but in parts that are still to be summed: [splits, n, padded C]."""
     n, m, width = len(rows), len(columns), rows.shape[1]
-    a_split = _columns_a_split(n, m, rows.device)
+    a_split = columns_a_split(n, m, rows.device, 64, _GRANULE)
     pulled = rows.new_empty(triton.cdiv(m, a_split), n, width)
     constants = _constants(rows, settings)
     with on(rows.device):
@@ -247,13 +247,6 @@ def _constants(rows: Tensor, settings: Settings, block_d: bool = True) -> dict[s
         "PRECISION": "tf32x3" if exact else "tf32",
         "D": rows.shape[1],
     }
-
-
-def _columns_a_split(rows: int, columns: int, device: torch.device) -> int:
-    """Columns that one block visits: as many as leave every multiprocessor about two blocks of work."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-    splits = max(1, 2 * processors // triton.cdiv(rows, 64))
-    return triton.cdiv(triton.cdiv(columns, splits), _GRANULE) * _GRANULE
 
 
 def compile_cases() -> list[CompileCase]:
