@@ -27,7 +27,7 @@ class Case:
         contenders: contenders(small) makes them, by name, of this size or of a tiny one; without those that are
             not installed.
         error: how far what a contender returns is from float64, if that is worth a column.
-        targets: least times that each named rival's time may be of ours.
+        targets: least times that each named rival's time may be of ours, on `threads` or else on one.
         memory: contenders whose peak memory is worth a process.
         threads: how many are prescribed; None: any.
     """

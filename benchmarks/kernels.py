@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{threads} thread(s): {case.name}", file=sys.stderr, flush=True)
         measured = measure(case)
         for row in measured:
+            row["target"] = row["target"] if threads == (case.threads or 1) else None
             # Memory does not depend on the threads: once is enough.
             if row["contender"] in case.memory and not options.no_memory and case.threads in (None, threads):
                 command = [sys.executable, __file__, "--memory-of", case.name, row["contender"]]
