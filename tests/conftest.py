@@ -8,4 +8,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 
+import tests.interpreter  # noqa: F401  (before a test imports DeepSpeed, which imports Triton)
+
 torch.set_num_threads(1)

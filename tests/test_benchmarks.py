@@ -22,7 +22,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["gpu.py", *sys.argv[1:]]
-import tests.kernels.conftest
+import tests.interpreter
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 

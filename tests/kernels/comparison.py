@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# With a GPU the Triton kernels run on it, else under Triton's interpreter (see conftest.py).
+import tests.interpreter  # noqa: F401  (pytest imports it for its own process only, not for ranks)
+
+# With a GPU the Triton kernels run on it, else under Triton's interpreter (see tests/interpreter.py).
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 

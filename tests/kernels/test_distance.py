@@ -286,7 +286,7 @@ def share_of_a_rank(group: dist.ProcessGroup) -> list[tuple[Tensor, Tensor, Tens
 
 
 def on_ranks(group: dist.ProcessGroup) -> tuple:
-    importlib.import_module("tests.kernels.conftest")  # pytest does it for its own process only
+    importlib.import_module("tests.interpreter")  # pytest does it for its own process only
     pair = dist.new_group([1, 2])
     with pytest.raises(ValueError, match="different shape") as refusal:
         distance_correlation(*features(4 + dist.get_rank(group), 3, 2), group=group)

@@ -324,7 +324,7 @@ def refusal_of_unequal_batches(group: dist.ProcessGroup) -> str:
 
 
 def on_ranks(group: dist.ProcessGroup) -> tuple:
-    importlib.import_module("tests.kernels.conftest")  # pytest does it for its own process only
+    importlib.import_module("tests.interpreter")  # pytest does it for its own process only
     pair = dist.new_group([1, 2])
     if dist.get_rank() == 0:
         with pytest.raises(ValueError, match="not a member of the group"):

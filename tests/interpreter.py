@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels run under Triton's interpreter, asked for before they are defined."""
+"""Without a GPU the Triton kernels run under Triton's interpreter. To be imported before anything imports Triton."""
 
 import importlib.util
 import os
