@@ -3,7 +3,7 @@
     python3 benchmarks/gpu.py [--json FILE] [--only nearest] [--skip-checks]
 
 Needs python3 with torch >= 2.11 and triton >= 3.6, nothing else. Rivals that are installed are timed as well: lightly,
-inf-cl, cut-cross-entropy, flashlib, flash-kmeans, kornia.
+inf-cl (which takes float32), cut-cross-entropy, flashlib, flash-kmeans, kornia.
 
 Floors are computed from what this card does: operations over the rate of a large matrix product, bytes over the rate of
 a large copy, both measured first. Times are medians of CUDA events (triton.testing.do_bench, caches cleared between
@@ -31,6 +31,7 @@ import torch
 import triton
 
 from benchmarks import gpu_cases, gpu_checks
+from kernels.fused.tuning import choices, forget_choices
 
 COPY_BYTES = 2**30
 MATMUL_SIDE = 8192
@@ -60,6 +61,7 @@ def main() -> int:
         os.environ["TWINSTREAM_AUTOTUNE"] = "0"
         checked = run_checks(gpu_checks.checks(device, options.seed, options.smoke), options.only)
         os.environ["TWINSTREAM_AUTOTUNE"] = "1"
+        forget_choices()
     timed = run_cases(gpu_cases.cases(device, options.smoke), options.only, limits, device)
 
     seconds = time.perf_counter() - began
@@ -67,6 +69,7 @@ def main() -> int:
     print(f"{len(checked) - len(failed)} of {len(checked)} checks passed; {seconds:.0f} s in all")
     if options.json:
         found = {"environment": about, "limits": limits, "checks": checked, "cases": timed, "seconds": seconds}
+        found["configurations"] = choices()
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 1 if failed else 0
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.backends import choose_backend
 from kernels.ntxent import check_temperature
+from kernels.ntxent_tiled import HIT_SLACK
 
 # Two float32 tiles, logits and spare, take 512 KB: they stay in the second-level cache of one core.
 TILE_ROWS = 256
@@ -42,9 +43,9 @@ def contrastive_loss(
     Args:
         anchors: [M, D], float16, bfloat16, float32 or float64.
         candidates: [L, D], same dtype and device. Gradients go to both; where one needs none, none is computed.
-        positive: [M] integers, the column that is each row's positive.
+        positive: [M] int64 or int32, the column that is each row's positive.
         temperature: τ > 0.
-        exclude: [M] integers, a column that each row leaves out (its own copy, say), -1 for none. Not its positive.
+        exclude: [M] int64 or int32, a column that each row leaves out (its own copy, say), -1: none. Not its positive.
         return_hits: also tell whose positive has a larger logit than every other candidate.
         backend: "tiled" and "triton" never hold an array of M x L; "reference" does, in plain operations, and is
             there to be compared with; "auto" picks the fastest for the device.
@@ -61,8 +62,10 @@ def contrastive_loss(
         ValueError: shapes, dtypes or devices that do not fit, a temperature that is not positive and finite, an
             unknown backend; on a CPU also indices that name no column or exclude a positive (on a GPU looking would
             stall it: there the positives are checked by the device itself, and the others are not).
+        TypeError: the temperature is a tensor. To learn one, scale the anchors: they are taken as given.
     """
     _check(anchors, candidates, positive, exclude)
+    positive, exclude = positive.long(), None if exclude is None else exclude.long()
     check_temperature(temperature)
     chosen = choose_backend(backend, anchors, candidates)
     product_dtype = anchors.dtype
@@ -89,7 +92,8 @@ def _reference(
         logits = logits.masked_fill(columns == exclude[:, None], -math.inf)
     with torch.no_grad():
         others = logits.scatter(1, positive[:, None], -math.inf).amax(1)
-        hits = logits.gather(1, positive[:, None])[:, 0] > others
+        own = logits.gather(1, positive[:, None])[:, 0]
+        hits = own - HIT_SLACK[dtype] * own.abs() > others
     return F.cross_entropy(logits, positive, reduction="none"), hits
 
 
@@ -106,7 +110,7 @@ class _TiledContrastive(torch.autograd.Function):
         product_dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         a, c = _scaled(anchors, candidates, temperature)
-        own = (a * c[positive]).sum(1)
+        own = (a * c.index_select(0, positive)).sum(1)
         negative = a.new_full((len(a),), -math.inf)
         highest = torch.full_like(negative, -math.inf)
         buffer = a.new_empty(TILE_ROWS * TILE_COLUMNS)
@@ -123,7 +127,7 @@ class _TiledContrastive(torch.autograd.Function):
         margin = negative - own
         ctx.save_for_backward(anchors, candidates, positive, exclude, margin, torch.logaddexp(negative, own))
         ctx.temperature = temperature
-        hits = own > highest if return_hits else None
+        hits = own - HIT_SLACK[own.dtype] * own.abs() > highest if return_hits else None
         if hits is not None:
             ctx.mark_non_differentiable(hits)
         return torch.logaddexp(margin, torch.zeros_like(margin)), hits
@@ -172,11 +176,15 @@ class _FusedContrastive(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         from kernels.fused import contrastive as fused
 
-        own = (anchors.float() * candidates[positive].float()).sum(1) / temperature
+        # index_select: unlike [], it refuses negative indices, on the device.
+        own = (anchors.float() * candidates.index_select(0, positive).float()).sum(1) / temperature
         x, y = fused.Operand.of(anchors, product_dtype), fused.Operand.of(candidates, product_dtype)
-        excluded = torch.full_like(positive, -1) if exclude is None else exclude.to(positive.dtype)
+        excluded = torch.full_like(positive, -1) if exclude is None else exclude
         left_out = fused.LeftOut(fused.OF_ROWS, positive.contiguous(), excluded.contiguous())
-        losses, margin, log_sums, hits = fused.sum_rows(x, y, own, left_out, temperature, False, return_hits)
+        rounded_to = torch.float32 if product_dtype == anchors.dtype and (x.split or x.unit == 1.0) else x.rows.dtype
+        losses, margin, log_sums, hits = fused.sum_rows(
+            x, y, own, left_out, temperature, False, return_hits, HIT_SLACK[rounded_to]
+        )
         units = [operand.unit if isinstance(operand.unit, Tensor) else None for operand in (x, y)]
         ctx.save_for_backward(anchors, candidates, *left_out[1:3], margin, log_sums, x.rows, y.rows, *units)
         ctx.split, ctx.temperature = x.split, temperature
@@ -231,8 +239,12 @@ def _with_positives(
         of_anchors.addcmul_(share, candidates[positive].to(share.dtype), value=-1)
         of_anchors = of_anchors.to(dtype)
     if of_candidates is not None:
-        # Several rows may have one positive. Unlike index_add_, this sums them in the same order in every run.
-        of_candidates.index_put_((positive,), share * anchors.to(share.dtype) * -1, accumulate=True)
+        # Several rows may have one positive. Either sums them in the same order in every run, but only on its device.
+        own = share * anchors.to(share.dtype) * -1
+        if own.device.type == "cpu":
+            of_candidates.index_add_(0, positive, own)
+        else:
+            of_candidates.index_put_((positive,), own, accumulate=True)
         of_candidates = of_candidates.to(dtype)
     return of_anchors, of_candidates
 
@@ -292,9 +304,9 @@ def _check(anchors: Tensor, candidates: Tensor, positive: Tensor, exclude: Tenso
     for name, indices in (("positive", positive), ("exclude", exclude)):
         if indices is None:
             continue
-        if indices.shape != anchors.shape[:1] or indices.is_floating_point() or indices.dtype == torch.bool:
+        if indices.shape != anchors.shape[:1] or indices.dtype not in (torch.int64, torch.int32):
             raise ValueError(
-                f"{name} is {list(indices.shape)} {indices.dtype}, expected [{len(anchors)}] integers, one a row"
+                f"{name} is {list(indices.shape)} {indices.dtype}, expected [{len(anchors)}] int64 or int32, one a row"
             )
         if indices.device != anchors.device:
             raise ValueError(f"{name} is on {indices.device}, expected {anchors.device} as the anchors")

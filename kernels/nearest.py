@@ -48,7 +48,8 @@ def nearest(
         if backend == "reference":
             return _reference(queries, bank, k, exclude)
         if len(queries) == 0:
-            return queries.new_empty(0, k, dtype=torch.float32), queries.new_empty(0, k, dtype=torch.int64)
+            wide = torch.promote_types(torch.promote_types(queries.dtype, bank.dtype), torch.float32)
+            return queries.new_empty(0, k, dtype=wide), queries.new_empty(0, k, dtype=torch.int64)
         if backend == "triton":
             from kernels.fused.nearest import fused_best_one
             from kernels.fused.nearest_k import fused_best_k

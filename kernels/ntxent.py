@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import ntxent_tiled
-from kernels.backends import choose_backend
+from kernels.backends import choose_backend, tf32_allowed
 from kernels.ranks import check_same_on_ranks, gather_rows, gather_rows_with_gradient, group_or_none
 
 NORM_FLOOR = ntxent_tiled.NORM_FLOOR
@@ -55,13 +55,14 @@ def ntxent(
             gradients over the ranks, as data parallel training does, gives what one process would find for
             the whole batch. The gradient from above (a loss scale, say) must be the same on every rank.
         return_hits: also tell which anchors are closer to their positive than to every negative.
-        backend: "tiled" and "triton" never hold an array of 2N x 2N; "reference" does, in plain operations, and
-            is there to be compared with; "auto" picks the fastest for the device.
+        backend: "tiled" and "triton" never hold an array of 2N x 2N ("tiled" does up to 2N = 512, 1 MB);
+            "reference" does, in plain operations, and is there to be compared with; "auto" picks the fastest for the
+            device.
 
     Returns:
         Scalar, float64 for float64 inputs and float32 otherwise; with `return_hits` also [2N] bool, of this rank's
         anchors, first all of `z1`, then all of `z2`: their mean is the accuracy of the contrastive task. A positive
-        that ties with a negative is no hit, so that a collapsed encoder scores 0.
+        that ties with a negative, but for rounding, is no hit, so that a collapsed encoder scores 0.
         Gradients have the dtype of their input. A second derivative exists only for the reference without a group.
 
     Precision: normalisation, positives, exponentials and sums are float32, and so are the products with the
@@ -101,7 +102,8 @@ def _reference(z1: Tensor, z2: Tensor, temperature: float, group: dist.ProcessGr
     loss = F.cross_entropy(logits, positive)
     with torch.no_grad():
         others = logits.scatter(1, positive[:, None], -math.inf).amax(1)
-        hits = logits.gather(1, positive[:, None])[:, 0] > others
+        own = logits.gather(1, positive[:, None])[:, 0]
+        hits = own - ntxent_tiled.HIT_SLACK[dtype] * own.abs() > others
     return loss, hits.view(2, -1)[:, first : first + n].flatten()
 
 
@@ -161,7 +163,7 @@ def _implementation(backend: str) -> ModuleType:
 def _exact_products(z: Tensor) -> bool:
     """Whether the Triton kernels owe float32 products, by the rules of torch.matmul."""
     asked = z.dtype == torch.float32 and not torch.is_autocast_enabled(z.device.type)
-    return asked and torch.get_float32_matmul_precision() == "highest"
+    return asked and not tf32_allowed()
 
 
 def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
@@ -178,5 +180,7 @@ def _check(z1: Tensor, z2: Tensor, temperature: float) -> None:
 
 
 def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature is a tensor, expected a number; to learn it, scale what goes into the loss")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature is {temperature}, expected a finite number above 0 (0.1 to 0.5 is usual)")

@@ -1,4 +1,4 @@
-"""The tiles of NT-Xent in PyTorch: 512 KB of temporaries, whatever the batch.
+"""The tiles of NT-Xent in PyTorch: 512 KB of temporaries (1 MB for small batches), whatever the batch.
 
 The matrix is symmetric, so only the upper triangle of tiles is computed; each serves its rows and, mirrored, its
 columns. A matrix that is no larger than a few tiles is computed whole and kept for the backward pass.
@@ -15,6 +15,9 @@ from torch import Tensor
 TILE_ROWS = 256
 TILE_COLUMNS = 256
 KEPT_ELEMENTS = 512 * 512  # of exponentials, 1 MB in float32
+# A positive's logit has to exceed the others by this share of itself to be a hit: by more than what rounding makes of
+# equal ones, which are summed elsewhere in another order and may be products of rows rounded to this dtype.
+HIT_SLACK = {torch.float64: 2.0**-46, torch.float32: 2.0**-18, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 NORM_FLOOR = 1e-12  # the floor of torch.nn.functional.normalize
 
 
@@ -60,7 +63,7 @@ def sum_rows(
         loss=torch.logaddexp(margin, torch.zeros_like(margin)),
         margin=margin,
         log_sums=torch.logaddexp(negative, positive),
-        hits=None if highest is None else positive > highest,
+        hits=None if highest is None else positive - HIT_SLACK[positive.dtype] * positive.abs() > highest,
         kept=kept,
     )
 

@@ -192,7 +192,8 @@ def _check(
 
 def _check_values(params: PhotometricParams) -> None:
     *factors, sigma = (getattr(params, name).to(torch.float32) for name in _RANGES)
-    values = torch.cat([torch.stack(factors) * params.jitter, sigma[None]])
+    # Where there is no jitter, factors mean nothing.
+    values = torch.cat([torch.stack(factors).where(params.jitter, 0.0), sigma[None]])
     least, most = values.aminmax(dim=1)
     for (name, (low, high)), a, b in zip(_RANGES.items(), least.tolist(), most.tolist(), strict=True):
         if not (low <= a and b <= high and b < math.inf):  # neither holds for NaN

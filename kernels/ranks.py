@@ -36,14 +36,17 @@ def check_same_on_ranks(rows: Tensor, group: dist.ProcessGroup) -> None:
     """Refuse batches [N, D] that differ over the ranks in shape or size of an element.
 
     Raises:
-        ValueError: on every rank, with the shapes of all.
+        ValueError: with the shapes of all ranks, on each that has this shape for the first time; on a GPU the others
+            stop with a failed assertion.
     """
-    # Reading sizes back would stall a GPU in every step, so there a shape is compared when it first comes up.
-    known = (group.group_name, rows.device.type, rows.shape, rows.dtype)
-    if rows.device.type != "cpu" and known in _agreed:
-        return
     mine = torch.tensor([*rows.shape, rows.element_size()], device=rows.device)
     shapes = gather_rows(mine[None], group)
+    # Reading them back would stall a GPU in every step, so there a rank does it when a shape first comes up; later the
+    # device itself looks, before the next collective can hang. All take part every time.
+    known = (group.group_name, rows.device.type, rows.shape, rows.dtype)
+    if rows.device.type != "cpu" and known in _agreed:
+        torch._assert_async((shapes == mine).all(), "ranks hold batches of different shape or dtype")
+        return
     if not torch.equal(shapes, mine.expand_as(shapes)):
         raise ValueError(
             f"ranks hold batches of different shape or dtype ([N, D, bytes] by rank: {shapes.tolist()}), "

@@ -123,8 +123,8 @@ class SupportSet(nn.Module):
         return nearest(queries, self.rows[: self.filled], k=k, exclude=exclude, backend=backend)
 
     def age(self, indices: Tensor) -> Tensor:
-        """How many enqueues ago the rows at these indices were written, any shape, int64: 0 for the latest."""
-        return self._enqueues - 1 - self.written_at[indices]
+        """How many enqueues ago the rows at these indices were written, any shape; -1 for index -1."""
+        return torch.where(indices < 0, -1, self._enqueues - 1 - self.written_at[indices])
 
     def extra_repr(self) -> str:
         return f"capacity={self.capacity}, width={self.rows.shape[1]}, dtype={self.rows.dtype}, filled={self.filled}"

@@ -18,7 +18,7 @@ import runpy, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {MISSING!r}:
-            raise ImportError(name)
+            raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 sys.path.insert(0, {str(ROOT)!r})
 sys.argv = ["gpu.py", *sys.argv[1:]]
@@ -51,6 +51,16 @@ def test_the_gpu_benchmark_runs_with_torch_and_triton_alone(only: str, tmp_path:
     assert all(case["ms"] > 0 and case["times_ours"] == 1 for case in ours)
     plain = [case for case in found["cases"] if case["contender"].startswith(("plain", "matmul")) and "ms" in case]
     assert plain
+
+
+def test_its_kernels_are_imported_without_numpy() -> None:
+    """The interpreter needs it, a GPU does not."""
+    without_numpy = WITHOUT_THEM.replace("('numba',", "('numpy', 'numba',").split("import tests.interpreter")[0]
+    assert "'numpy'" in without_numpy
+    command = [sys.executable, "-c", without_numpy + "import benchmarks.gpu_cases, kernels.photometric"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import tf32_allowed
 from kernels.fused.launching import columns_a_split, on
 from kernels.fused.products import product, rounded
 from kernels.fused.tuning import CompileCase, bucket, tuned
@@ -265,7 +266,7 @@ def _pull(
 
 @triton.jit
 def _finish_rows(
-    sums, highest, positive, loss, margin, log_sums, hits, rows_count, period, splits,
+    sums, highest, positive, loss, margin, log_sums, hits, rows_count, period, splits, slack,
     HITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the splits; of each row, the loss log(1 + e^margin), the margin and the log of the sum of all."""
@@ -280,7 +281,7 @@ def _finish_rows(
         shift = tl.where(new_most == float("-inf"), 0.0, new_most)
         total = total * tl.exp2(most - shift) + tl.exp2(part - shift)
         most = new_most
-    negative = tl.where(total > 0, tl.log2(total) + most, float("-inf")) * 0.6931471805599453
+    negative = tl.where(total == 0, float("-inf"), tl.log2(total) + most) * 0.6931471805599453
     own = tl.load(positive + rows % period, mask=inside, other=0.0)
     difference = negative - own
     # log(1 + x) to the last digit although 1 + x is rounded (Goldberg 1991, theorem 4): a small loss is all x.
@@ -295,7 +296,8 @@ def _finish_rows(
         for _ in range(splits):
             top = tl.maximum(top, tl.load(highest + rows, mask=inside, other=float("-inf")))
             highest += rows_count
-        tl.store(hits + rows, (own * 1.4426950408889634 > top).to(tl.int8), mask=inside)
+        ahead = (own - slack * tl.abs(own)) * 1.4426950408889634 > top
+        tl.store(hits + rows, ahead.to(tl.int8), mask=inside)
 
 
 class LeftOut(NamedTuple):
@@ -333,13 +335,15 @@ class Operand(NamedTuple):
     @classmethod
     def of(cls, rows: Tensor, dtype: torch.dtype) -> Operand:
         """Of `rows` [M, D] for products in `dtype`; float32 is float16 twice, or once if TF32 would do."""
-        split = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+        split = dtype == torch.float32 and not tf32_allowed()
         missing = padded_width(rows.shape[1], split) - rows.shape[1]
         if dtype != torch.float32:
             rows = rows.to(dtype)
             return cls(torch.nn.functional.pad(rows, (0, missing)) if missing else rows.contiguous(), False)
         # The largest entry becomes 2^15 at most, near the top of float16: entries 2^-18 as large keep 22 bits.
-        exponent = (torch.frexp(rows.abs().amax()).exponent - 15).clamp_min(-100)
+        # An infinite or NaN entry is to spoil its own row only.
+        largest = rows.abs().nan_to_num(0.0, 0.0, 0.0).amax()
+        exponent = (torch.frexp(largest).exponent - 15).clamp_min(-100)
         unit = torch.ldexp(torch.ones((), device=rows.device), exponent)
         rows = torch.nn.functional.pad(torch.ldexp(rows, -exponent), (0, missing))
         high = rows.half()
@@ -349,10 +353,11 @@ class Operand(NamedTuple):
 def sum_rows(
     x: Operand, y: Operand, positive_logits: Tensor, left_out: LeftOut, temperature: float, constant_shift: bool,
     hits: bool,
+    slack: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """Of x [M, D] against y [L, D]: loss, margin and log of the sum of all, [M]; and hits [M] bool, if wanted.
 
-    The positives' logits come apart, [M] or, repeating, a divisor of it.
+    The positives' logits come apart, [M] or, repeating, a divisor of it. A hit exceeds all others by `slack` of itself.
     """
     m, count, device = len(x.rows), len(y.rows), x.rows.device
     a_split = columns_a_split(m, count, device, 128, _GRANULE)
@@ -369,7 +374,7 @@ def sum_rows(
         found = torch.empty(m if hits else 0, dtype=torch.bool, device=device)
         _finish_rows[(triton.cdiv(m, 128),)](
             sums, highest, positive_logits, loss, margin, log_sums, found.view(torch.int8), m, len(positive_logits),
-            splits, HITS=hits, BLOCK=128,
+            splits, slack, HITS=hits, BLOCK=128,
         )  # fmt: skip
     return loss, margin, log_sums, found if hits else None
 

@@ -18,7 +18,7 @@ from kernels.fused.contrastive import SYMMETRIC, LeftOut, Operand
 from kernels.fused.launching import on
 from kernels.fused.products import rounded
 from kernels.fused.tuning import CompileCase
-from kernels.ntxent_tiled import RowSums
+from kernels.ntxent_tiled import HIT_SLACK, RowSums
 
 # exp(logit - 1/τ) and 1/l stay within float32 for τ >= 0.024; below, each row needs its own maximum.
 _CONSTANT_SHIFT_FROM = 0.024
@@ -150,7 +150,8 @@ def sum_rows(
     left_out = LeftOut(SYMMETRIC, start=start, half=len(anchors) // 2)
     constant = temperature >= _CONSTANT_SHIFT_FROM
     operands = Operand(anchors, exact_products), Operand(candidates, exact_products)
-    rows = contrastive.sum_rows(*operands, positive, left_out, temperature, constant, hits)
+    slack = HIT_SLACK[torch.float32 if exact_products else torch.float16]
+    rows = contrastive.sum_rows(*operands, positive, left_out, temperature, constant, hits, slack)
     return RowSums(*rows, kept=None)
 
 

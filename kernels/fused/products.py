@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.backends import interpreted
+from kernels.backends import interpreted, tf32_allowed
 
 _INTERPRETED = tl.constexpr(interpreted())
 
@@ -35,4 +35,4 @@ def precision(rows: Tensor) -> str | None:
     """How float32 rows are multiplied: three TF32 products, nearly exact, or one if PyTorch's own may be."""
     if rows.dtype != torch.float32:
         return None
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "tf32x3"

@@ -12,6 +12,8 @@ import triton
 
 from kernels.backends import interpreted
 
+_tuned: list[Any] = []  # every Autotuner
+
 
 def tuned(
     configs: Sequence[triton.Config], key: Sequence[str], fits: Callable[..., bool] | None = None
@@ -19,7 +21,8 @@ def tuned(
     """Decorator over @triton.jit: the fastest of `configs` for each value of the arguments in `key`.
 
     The first call with a new key times every configuration; the choice is kept in Triton's cache folder, so that
-    a resumed run computes with the same tiles, to the last bit. Under the interpreter the first one is taken.
+    a resumed run on one GPU computes with the same tiles, to the last bit (of several ranks each times for itself).
+    Under the interpreter the first one is taken.
 
     Args:
         configs: few; the first must fit every device.
@@ -36,9 +39,31 @@ def tuned(
         chosen = suitable(candidates, fits, {**named_args, **options}, shared)
         return chosen[:1] if os.environ.get("TWINSTREAM_AUTOTUNE") == "0" else chosen
 
-    return triton.autotune(
-        list(configs), key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True
-    )
+    def decorate(function: Any) -> Any:
+        tuner = triton.autotune(
+            list(configs), key=list(key), prune_configs_by={"early_config_prune": prune}, cache_results=True
+        )(function)
+        _tuned.append(tuner)
+        return tuner
+
+    return decorate
+
+
+def choices() -> dict[str, dict[str, str]]:
+    """Of each kernel that has run in this process: the configuration taken, by the values of its key."""
+    return {
+        f"{tuner.base_fn.__module__}.{tuner.base_fn.__name__}": {
+            str(key): str(config) for key, config in tuner.cache.items()
+        }
+        for tuner in _tuned
+        if tuner.cache
+    }
+
+
+def forget_choices() -> None:
+    """What was taken so far, in this process, is chosen anew."""
+    for tuner in _tuned:
+        tuner.cache.clear()
 
 
 def suitable(

@@ -131,6 +131,75 @@ def test_a_tie_is_no_hit():
         torch.testing.assert_close(losses, torch.full((4,), math.log(4.0)))
 
 
+BACKENDS = ["tiled", "reference", pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_collapsed_encoder_has_no_hits(backend, dtype):
+    for seed in range(6):  # the two sides of a tie are rounded apart for some
+        same = torch.randn(1, 40, generator=torch.Generator().manual_seed(seed)).expand(30, 40)
+        same = F.normalize(same).to(dtype).to(TRITON_DEVICE if backend == "triton" else "cpu")
+        positive = torch.arange(30, device=same.device)
+        _, hits = contrastive_loss(same, same, positive, temperature=0.1, return_hits=True, backend=backend)
+        assert not hits.any(), seed
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_made_one(backend, value):
+    anchors, candidates, _ = rows(5, 6, 8, torch.float32)
+    positive = torch.tensor([0, 1, 2, 3, 0])
+    candidates[4, 3] = value  # nobody's positive; with inf, a logit of inf or -inf
+    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    losses = contrastive_loss(
+        anchors.to(device), candidates.to(device), positive.to(device), temperature=0.1, backend=backend
+    ).cpu()
+    if math.isnan(value):
+        assert losses.isnan().all()
+    else:
+        certain = anchors[:, 3] < 0  # the negative's weight is exp(-inf)
+        assert not losses[~certain].isfinite().any()
+        kept = torch.tensor([0, 1, 2, 3, 5])
+        expected = definition(anchors.double(), candidates[kept].double(), positive, None, 0.1)
+        unsaid = losses.isnan() & (backend == "triton")  # there infinity has no low half, so that it spoils the row
+        assert ((losses - expected).abs() < 1e-4)[certain & ~unsaid].all()
+        assert 0 < certain.sum() < 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_of_32_bits(backend):
+    anchors, candidates, positive = rows(20, 30, 8, torch.float32)
+    device = TRITON_DEVICE if backend == "triton" else "cpu"
+    inputs = anchors.to(device), candidates.to(device)
+    found = contrastive_loss(
+        *inputs, positive.int().to(device), exclude=others(positive, 30).int().to(device), temperature=0.1,
+        backend=backend,
+    )  # fmt: skip
+    expected = exact(anchors, candidates, positive, others(positive, 30), 0.1)[0]
+    assert error(found.cpu(), expected) < 1e-5
+
+
+def test_gradients_of_shared_positives_are_the_same_in_every_run():
+    anchors, candidates, _ = rows(4096, 64, 32, torch.float32)
+    positive = torch.arange(4096) % 3
+    candidates.requires_grad_()
+    torch.set_num_threads(2)
+    try:
+        gradients = []
+        for _ in range(4):
+            loss = contrastive_loss(anchors, candidates, positive, temperature=0.1).sum()
+            gradients.append(torch.autograd.grad(loss, candidates)[0])
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
+def test_a_tensor_is_no_temperature():
+    with pytest.raises(TypeError, match="expected a number; to learn it"):
+        contrastive_loss(*rows(3, 3, 4), temperature=torch.tensor(0.1, requires_grad=True))
+
+
 def test_candidates_without_gradient_and_never_the_matrix():
     anchors, candidates, positive = rows(2048, 4096, 16, torch.float32)
     anchors.requires_grad_()
@@ -190,19 +259,18 @@ def test_triton_takes_any_scale_of_float32(scale):
 
 
 @needs_triton
-def test_triton_hits_and_ties():
+def test_triton_hits():
     anchors, candidates, positive = rows(50, 40, 4, torch.float32)
-    expected = (anchors.double() @ candidates.double().T).argmax(1) == positive
-    same = torch.ones(40, 8)
-    for a, c, p, target in (
-        (anchors, candidates, positive, expected),
-        (same, same, torch.arange(40), torch.zeros(40, dtype=torch.bool)),
-    ):
+    for exclude in (None, others(positive, 40)):
+        logits = anchors.double() @ candidates.double().T
+        if exclude is not None:
+            kept = exclude >= 0
+            logits[kept.nonzero()[:, 0], exclude[kept]] = -math.inf
         _, hits = contrastive_loss(
-            a.to(TRITON_DEVICE), c.to(TRITON_DEVICE), p.to(TRITON_DEVICE), temperature=0.1, return_hits=True,
-            backend="triton",
+            *(tensor.to(TRITON_DEVICE) for tensor in (anchors, candidates, positive)), temperature=0.1,
+            exclude=None if exclude is None else exclude.to(TRITON_DEVICE), return_hits=True, backend="triton",
         )  # fmt: skip
-        assert torch.equal(hits.cpu(), target)
+        assert torch.equal(hits.cpu(), logits.argmax(1) == positive)
 
 
 @pytest.mark.parametrize(
@@ -214,8 +282,9 @@ def test_triton_hits_and_ties():
         ({"candidates": torch.ones(6, 8).double()}, "differ in dtype: torch.float32 and torch.float64"),
         ({"candidates": torch.ones(6, 8, device="meta")}, "differ in device: cpu and meta"),
         ({"anchors": torch.ones(4, 8).long()}, "anchors has dtype torch.int64"),
-        ({"positive": torch.zeros(3).long()}, r"positive is \[3\] torch.int64, expected \[4\] integers"),
+        ({"positive": torch.zeros(3).long()}, r"positive is \[3\] torch.int64, expected \[4\] int64 or int32"),
         ({"positive": torch.zeros(4)}, r"positive is \[4\] torch.float32"),
+        ({"positive": torch.zeros(4, dtype=torch.uint8)}, r"positive is \[4\] torch.uint8"),
         ({"positive": torch.tensor([0, 1, 2, 6])}, "positive names columns 0 to 6, expected 0 to 5"),
         ({"positive": torch.tensor([0, 1, 2, -1])}, "positive names columns -1 to 2"),
         ({"exclude": torch.tensor([0, 1, 2, -2])}, "exclude names columns -2 to 2, expected -1 to 5"),

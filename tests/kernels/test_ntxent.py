@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ntxent, ntxent_tiled
+from kernels.backends import tf32_allowed
 from tests.distributed import run_ranks
 from tests.kernels.comparison import TRITON_DEVICE, LargestTensor, error, needs_triton
 
@@ -329,6 +330,47 @@ def test_triton_strides_upstream_and_hits():
     assert torch.equal(hits.cpu(), expected_hits)
     same = torch.ones(4, 8, device=TRITON_DEVICE)
     assert not ntxent(same, same, temperature=0.1, return_hits=True, backend="triton")[1].any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_collapsed_encoder_has_no_hits(backend, autocast, tile):
+    device = TRITON_DEVICE if backend == "triton" else torch.device("cpu")
+    tile(16, 24)
+    for seed in range(6):  # the two sides of a tie are rounded apart for some
+        same = torch.randn(1, 32, generator=torch.Generator().manual_seed(seed)).expand(16, 32).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            _, hits = ntxent(same, same, temperature=0.1, return_hits=True, backend=backend)
+        assert not hits.any(), seed
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_a_number_is_not_made_one(backend, value):
+    z1, z2 = views(5, 8, dtype=torch.float32)
+    z1[2, 3] = value
+    device = TRITON_DEVICE if backend == "triton" else torch.device("cpu")
+    loss, gradient = loss_and_gradient(z1.to(device), z2.to(device), temperature=0.1, backend=backend)
+    assert loss.isnan()
+    assert gradient.isnan().any()
+
+
+def test_the_newer_setting_of_float32_precision():
+    before = torch.backends.cuda.matmul.fp32_precision
+    z1, z2 = views(5, 8, dtype=torch.float32)
+    expected = ntxent(z1, z2, temperature=0.1)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        assert tf32_allowed()
+        assert torch.equal(ntxent(z1, z2, temperature=0.1), expected)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert not tf32_allowed()
+
+
+def test_a_tensor_is_no_temperature():
+    with pytest.raises(TypeError, match="expected a number; to learn it"):
+        ntxent(*views(4, 8), temperature=torch.tensor(0.1, requires_grad=True))
 
 
 @needs_triton
