@@ -220,7 +220,18 @@ def photometric_contenders(views: int, size: int, small: bool) -> dict[str, Run]
     view = View(
         flip=0.5, jitter=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale=0.2, blur=blurred
     )
-    params = draw_photometric(view, seed=0, epoch=0, indices=torch.arange(len(crops)), view_index=0, size=size)
+
+    def ours(backend: str) -> Run:
+        # Torchvision draws its parameters as well.
+        indices = torch.arange(len(crops))
+        return lambda: photometric(
+            crops,
+            draw_photometric(view, seed=0, epoch=0, indices=indices, view_index=0, size=size),
+            mean=mean,
+            std=std,
+            backend=backend,
+        )
+
     chain: list[Any] = [
         v2.ToDtype(torch.float32, scale=True),  # first: on floats torchvision is faster than on bytes
         v2.RandomHorizontalFlip(0.5),
@@ -233,9 +244,9 @@ def photometric_contenders(views: int, size: int, small: bool) -> dict[str, Run]
     transform = v2.Compose(chain)
     images = list(crops.permute(0, 3, 1, 2).contiguous())
     return {
-        "twinstream": lambda: photometric(crops, params, mean=mean, std=std),
+        "twinstream": ours("auto"),
         "torchvision v2": lambda: torch.stack([transform(image) for image in images]),
-        "vectorised PyTorch": lambda: photometric(crops, params, mean=mean, std=std, backend="reference"),
+        "vectorised PyTorch": ours("reference"),
     }
 
 

@@ -56,7 +56,8 @@ def contrastive_loss(
 
     Precision: float32 and accumulated as such, but for the products of "triton", which are of the dtype of the inputs
     (under autocast, its dtype). For float32 inputs these are as good as float32, relative to the largest entries of
-    anchors and of candidates; or as good as TF32 if torch.set_float32_matmul_precision allows that.
+    anchors and of candidates; or as good as TF32 if torch.set_float32_matmul_precision allows that. The candidates'
+    gradient loses digits of rows whose upstream gradient is below 1e-5 of the largest, and all below 1e-11.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a temperature that is not positive and finite, an
@@ -204,18 +205,17 @@ class _FusedContrastive(torch.autograd.Function):
         )
         left_out = fused.LeftOut(fused.OF_ROWS, positive, excluded)
         with torch.autocast(anchors.device.type, enabled=False):
-            # Weights of at most 1 for the product in half precision, whatever the scale of the upstream gradient.
-            largest = upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-            weights = (upstream / largest).contiguous()
-            factor = largest / ctx.temperature
             of_anchors = of_candidates = None
             if ctx.needs_input_grad[0]:
-                pulled = fused.pull(x, y, log_sums, weights, left_out, ctx.temperature, False)
-                of_anchors = pulled.sum(0)[:, : anchors.shape[1]] * (factor * y.unit)
+                pulled = fused.pull(x, y, log_sums, torch.ones_like(log_sums), left_out, ctx.temperature, False)
+                of_anchors = pulled.sum(0)[:, : anchors.shape[1]] * (upstream[:, None] * (y.unit / ctx.temperature))
             if ctx.needs_input_grad[1]:
+                # Weights of at most 1 for the product in half precision, whatever the scale of the upstream gradient.
+                largest = upstream.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+                weights = (upstream / largest).contiguous()
                 mirrored = left_out._replace(kind=fused.OF_COLUMNS)
                 pulled = fused.pull(y, x, log_sums, weights, mirrored, ctx.temperature, False)
-                of_candidates = pulled.sum(0)[:, : candidates.shape[1]] * (factor * x.unit)
+                of_candidates = pulled.sum(0)[:, : candidates.shape[1]] * (largest * x.unit / ctx.temperature)
             share = (margin.sigmoid() * upstream / ctx.temperature)[:, None]
             return (
                 *_with_positives(

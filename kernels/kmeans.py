@@ -29,7 +29,8 @@ def kmeans_assign(
     "cosine" is spherical k-means (Dhillon and Modha 2001): rows and centres are normalised inside (norms below
     1e-12 count as 1e-12), a row goes to the centre of largest cosine, and the sums are of the normalised rows.
     "euclidean" is Lloyd's: rows as given, smallest distance, as the largest <x, c> - |c|²/2. Equally good centres:
-    the lowest index. The same inputs give the same sums to the last bit.
+    the lowest index. The same inputs give the same sums to the last bit (but for float64 on a GPU). Where the mean of
+    the rows is large against their spread, subtract it first: the difference of <x, c> and |c|²/2 loses digits there.
 
     Args:
         x: [M, D], any floating dtype; computed in float32 (float64 where either is float64). M may be 0.

@@ -68,7 +68,7 @@ def ntxent(
     Precision: normalisation, positives, exponentials and sums are float32, and so are the products with the
     negatives in "tiled" and "reference". In "triton" these are products of unit rows rounded to float16 for half
     precision inputs, under autocast, or if torch.set_float32_matmul_precision allows TF32; of float32 otherwise.
-    There the gradient of a row whose negatives have less than 1e-8 of the softmax is only as good as 1e-11.
+    A negative with less than 2e-12 of a row's softmax does not count in its gradient there.
 
     Raises:
         ValueError: shapes, dtypes or devices that differ or do not fit, a temperature that is not positive
