@@ -179,7 +179,7 @@ class _SoftWinner(torch.autograd.Function):
         exponent = (costs * choices.roll(len(costs) // 2, 0)).sum(1).mul_(-scales[0])
         positive = exponent.expm1().mul_(scales[1])
         margin = parts.soft_margins(costs, all_choices, positive, start, scales)
-        losses = torch.logaddexp(margin, torch.zeros_like(margin))
+        losses = torch.logaddexp(margin, positive - positive)  # 0, or NaN, which a single pair would lose
 
         # Of each anchor: its positive's logit, and the log of the sum of all over that.
         sums, all_costs = torch.stack([positive, losses], 1), costs

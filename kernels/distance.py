@@ -90,12 +90,13 @@ def _reference(x: Tensor, y: Tensor, unbiased: bool, group: dist.ProcessGroup | 
         distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
         centred.append(distance_tiled.centred(distances, unbiased))
     cross, own_x, own_y = ((centred[i] * centred[j]).sum(dtype=torch.float64) for i, j in ((0, 1), (0, 0), (1, 1)))
-    varies = (own_x > 0) & (own_y > 0)
-    scale = torch.where(varies, own_x, 1).sqrt() * torch.where(varies, own_y, 1).sqrt()
-    squared = torch.where(varies, cross / scale, 0)
+    constant = (own_x == 0) | (own_y == 0)
+    scale = torch.where(constant, 1, own_x).sqrt() * torch.where(constant, 1, own_y).sqrt()
+    squared = cross * torch.where(constant, 0, 1 / scale)
     if unbiased:
         return squared
-    return torch.where(squared > 0, torch.where(squared > 0, squared, 1).sqrt(), 0)
+    none = squared <= 0
+    return torch.where(none, 0, torch.where(none, 1, squared).sqrt())
 
 
 class _Correlation(torch.autograd.Function):
@@ -110,14 +111,15 @@ class _Correlation(torch.autograd.Function):
             side = parts.distances(columns, group)
             sides.append(side if needs_gradient else side._replace(rows=None))
         cross, own_x, own_y = parts.moments(sides[0], sides[1], unbiased)
-        varies = (own_x > 0) & (own_y > 0)
-        own_x, own_y = torch.where(varies, own_x, 1), torch.where(varies, own_y, 1)
-        slope = torch.where(varies, own_x.rsqrt() * own_y.rsqrt(), 0)
+        # NaN is neither constant nor without correlation: it comes out as NaN.
+        constant = (own_x == 0) | (own_y == 0)
+        own_x, own_y = torch.where(constant, 1, own_x), torch.where(constant, 1, own_y)
+        slope = torch.where(constant, 0, own_x.rsqrt() * own_y.rsqrt())
         value = cross * slope
         to_x, to_y = -value / (2 * own_x), -value / (2 * own_y)
         if not unbiased:
             root = value.clamp_min(0).sqrt()
-            of_root = torch.where(root > 0, 0.5 / torch.where(root > 0, root, 1), 0)
+            of_root = torch.where(root == 0, 0, 0.5 / torch.where(root == 0, 1, root))
             value, slope, to_x, to_y = root, slope * of_root, to_x * of_root, to_y * of_root
         ctx.save_for_backward(*sides[0], *sides[1], torch.stack([slope, to_x]), torch.stack([slope, to_y]))
         ctx.unbiased, ctx.group, ctx.backend = unbiased, group, backend

@@ -138,7 +138,7 @@ class _Simplex(torch.autograd.Function):
             dist.all_reduce(loss, group=group)
             loss /= world
         # N dL/dr_ii without the factor that all terms share: what each anchor lacks of certainty, per r.
-        repulsion = torch.where(ratio >= floor, (margin1.sigmoid() + margin2.sigmoid()) / ratio, zero)
+        repulsion = torch.where(ratio < floor, zero, (margin1.sigmoid() + margin2.sigmoid()) / ratio)
         ctx.save_for_backward(
             z1, z2, posterior1, posterior2, candidates1, candidates2, log_rows, log_columns, repulsion
         )

@@ -136,7 +136,9 @@ def _low_and_high(z: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor, Tenso
     """x = beta z, where it is low, e^x there, and x elsewhere (harmless numbers where neither is wanted)."""
     dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
     largest = torch.finfo(dtype).max
-    x = (beta * z.to(dtype)).clamp(-largest, largest)
+    x = beta * z.to(dtype)
+    # Not clamp alone, whose derivative makes a 0 of NaN's.
+    x = torch.where(x.isinf(), x.clamp(-largest, largest), x)
     low = x < _LOWEST_EXACT
     return x, low, torch.where(low, x, _LOWEST_EXACT).exp(), torch.where(low, _LOWEST_EXACT, x)
 

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import tf32_allowed
 from kernels.fused.launching import columns_a_split, on
 from kernels.fused.products import product
 from kernels.fused.tuning import CompileCase, bucket, tuned
@@ -33,13 +34,27 @@ def _load_scores(scores, rows, columns, exists, k):
     return tl.load(scores + at, mask=inside, other=float("-inf")).to(tl.float32)
 
 
+@triton.jit
+def _expm1(x, power):
+    """e^x - 1 of x and its power e^x, to the last digits: by its Taylor series where the difference would lose them."""
+    series = 1.0 / 40320.0
+    series = series * x + 1.0 / 5040.0
+    series = series * x + 1.0 / 720.0
+    series = series * x + 1.0 / 120.0
+    series = series * x + 1.0 / 24.0
+    series = series * x + 1.0 / 6.0
+    series = series * x + 0.5
+    series = series * x + 1.0
+    return tl.where(tl.abs(x) < 0.5, series * x, power - 1.0)
+
+
 @triton.jit(do_not_specialize=["count"])
 def _winners(scores, winner, counts, count, k, BLOCK_K: tl.constexpr, ROWS: tl.constexpr):
     """The place of each row's highest score, the first of equals; counts[c] += how often c has won."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = rows < count
     block = _load_scores(scores, rows, tl.arange(0, BLOCK_K), exists, k)
-    first = tl.minimum(tl.argmax(block, 1), k - 1)  # within the row even if it holds NaN
+    first = tl.argmax(tl.where(block != block, float("inf"), block), 1)  # NaN wins, as in torch.argmax
     tl.store(winner + rows, first.to(tl.int64), mask=exists)
     tl.atomic_add(counts + first, tl.full((ROWS,), 1, tl.int64), mask=exists)
 
@@ -60,10 +75,12 @@ def _hard_rows(
     at_own = own[:, None] == columns[None, :]
     at_partner = partner[:, None] == columns[None, :]
 
-    highest = tl.max(block, 1)
+    # A maximum need not keep NaN, but no loss may come out finite if there was one.
+    highest = tl.max(block, 1) + tl.sum(tl.where(block != block, block, 0.0), 1)
     divergence = tl.where((columns < k)[None, :], tl.where(exists, highest, 0.0)[:, None] - block, 0.0)
-    similarity = tl.exp(-width * divergence)
-    logits = (similarity - 1.0) * inverse_temperature
+    exponent = -width * divergence
+    similarity = tl.exp(exponent)
+    logits = _expm1(exponent, similarity) * inverse_temperature
     negatives = tl.load(counts + columns, mask=columns < k, other=0).to(tl.int32)[None, :]
     negatives = negatives - at_own.to(tl.int32) - at_partner.to(tl.int32)
     some = (negatives > 0) & (columns < k)[None, :]
@@ -86,7 +103,7 @@ def _hard_rows(
         tl.store(gradient + at, pull.to(gradient.dtype.element_ty), mask=inside)
     else:
         # log(1 + x) to the last digit although 1 + x is rounded (Goldberg 1991, theorem 4): a small loss is all x.
-        x = negative / tl.maximum(own_power, 1e-30)
+        x = negative / tl.maximum(own_power, 1e-30, propagate_nan=tl.PropagateNan.ALL)
         rounded = 1.0 + x
         log1p = tl.where(rounded == 1.0, x, tl.log(rounded) * x / tl.where(rounded == 1.0, 1.0, rounded - 1.0))
         # The positive may be so far below the highest negative that its power is 0.
@@ -146,7 +163,7 @@ def _soft_margins(
     for left in range(begin, end, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
         exponents = _exponents(x, y, rows, columns, x_rows, y_rows, width, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        logits = (tl.exp2(exponents) - 1.0) * scale - own[:, None]
+        logits = _expm1(exponents * 0.6931471805599453, tl.exp2(exponents)) * scale - own[:, None]
         logits = tl.where(_negatives(rows, columns, x_rows, y_rows, start), logits, float("-inf"))
         # The online maximum of Milakov & Gimelshein (arXiv:1805.02867).
         new_most = tl.maximum(most, tl.max(logits, 1))
@@ -180,7 +197,7 @@ def _soft_pull(
         columns = left + tl.arange(0, BLOCK_N)
         inside = columns < y_rows
         exponents = _exponents(x, y, rows, columns, x_rows, y_rows, width, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        logits = (tl.exp2(exponents) - 1.0) * scale
+        logits = _expm1(exponents * 0.6931471805599453, tl.exp2(exponents)) * scale
         if OF_ROWS:
             w = logits - row_positive[:, None] - row_above[:, None]
         else:
@@ -276,7 +293,7 @@ def soft_pull(x: Tensor, y: Tensor, sums: Tensor, start: int, scales: tuple[floa
 
 
 def _precision() -> str:
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def _row_block(k: int) -> dict[str, int]:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import tf32_allowed
 from kernels.fused.launching import on
 from kernels.fused.products import product
 from kernels.fused.tuning import CompileCase
@@ -124,7 +125,8 @@ def _distances(gram, close, distances, sums, n, BLOCK: tl.constexpr):
         first, second = tl.minimum(columns, row), tl.maximum(columns, row)
         measured = tl.load(close + first.to(tl.int64) * n + second, mask=inside, other=0.0).to(tl.float64)
         squared = tl.where(squared < 0.01 * norms, measured, squared)
-        found = tl.where(inside & (columns != row), tl.sqrt(tl.maximum(squared, 0.0)), 0.0).to(tl.float32)
+        squared = tl.where(squared < 0, 0.0, squared)  # a GPU's maximum of NaN and 0 is 0
+        found = tl.where(inside & (columns != row), tl.sqrt(squared), 0.0).to(tl.float32)
         tl.store(distances + row.to(tl.int64) * n + columns, found, mask=inside)
         total += found.to(tl.float64)
     tl.store(sums + row, tl.sum(total, 0))
@@ -178,7 +180,7 @@ def _laplacian(
         distance, first = _centred(a, a_sums, a_total, row, columns, n, UNBIASED)
         _, second = _centred(b, b_sums, b_total, row, columns, n, UNBIASED)
         pull = 2.0 * of_cross * second + 4.0 * of_own * first
-        pull = tl.where(distance > 0, pull / tl.where(distance > 0, distance, 1.0), 0.0)
+        pull = tl.where(distance == 0, 0.0, pull / tl.where(distance == 0, 1.0, distance))
         total += pull
         at = laplacian + row.to(tl.int64) * n + columns
         tl.store(at, -pull.to(tl.float32), mask=(columns < n) & (columns != row))
@@ -280,7 +282,7 @@ def _splits(n: int, p: int, device: torch.device) -> tuple[int, int]:
 
 
 def _precision() -> str:
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if tf32_allowed() else "tf32x3"
 
 
 def _row_block(n: int) -> int:

@@ -1,6 +1,7 @@
 """Posteriors on the simplex in Triton: softplus along a row, divided by its sum; and back.
 
-Row by row, one launch for both views. See `kernels.simplex_tiled` for the same in PyTorch.
+Row by row, one launch for both views. See `kernels.simplex_tiled` for the same in PyTorch. A row with NaN becomes all
+NaN: a GPU's maximum of NaN and a number is the number, unless `propagate_nan` says otherwise.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def _load_scaled(z, rows, columns, inside, row_stride, column_stride, beta):
     """beta z in float32, with infinities as the largest number: what is too large is as large as any."""
     at = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     x = tl.load(z + at, mask=inside, other=0.0).to(tl.float32) * beta
-    return tl.minimum(tl.maximum(x, -3.4028234e38), 3.4028234e38)
+    x = tl.maximum(x, -3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, 3.4028234e38, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def _posterior(x, inside):
     """softplus(x) / its row sum, computed from the logarithm of softplus; zero outside."""
-    high = tl.maximum(x, -12.0)
+    high = tl.maximum(x, -12.0, propagate_nan=tl.PropagateNan.ALL)
     t = tl.exp(tl.minimum(x, -12.0))
     logarithm = tl.where(x < -12.0, x - 0.5 * t + (5.0 / 24.0) * t * t, tl.log(_softplus(high)))
     logarithm = tl.where(inside, logarithm, float("-inf"))
@@ -45,7 +47,7 @@ def _posterior(x, inside):
     most = tl.where(most == float("-inf"), 0.0, most)  # of rows outside
     share = tl.where(inside, tl.exp(logarithm - most[:, None]), 0.0)
     total = tl.sum(share, 1)
-    return share / tl.where(total > 0, total, 1.0)[:, None]
+    return tl.where(inside, share / tl.where(total == 0, 1.0, total)[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -86,7 +88,7 @@ def _through_posterior(
         at += n.to(tl.int64) * WIDTH
     total -= tl.load(repulsion + rows, mask=exists, other=0.0)[:, None] * (positive - uniform)
     total = own * (total - tl.sum(total * own, 1)[:, None])
-    high = tl.maximum(x, -12.0)
+    high = tl.maximum(x, -12.0, propagate_nan=tl.PropagateNan.ALL)
     t = tl.exp(tl.minimum(x, -12.0))
     slope = tl.where(x < -12.0, 1.0 - 0.5 * t + (5.0 / 12.0) * t * t, tl.sigmoid(high) / _softplus(high))
     total *= slope * (tl.load(factor) * beta)

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import tf32_allowed
 from kernels.fused.launching import columns_a_split, on
 from kernels.fused.posteriors import WIDEST_BLOCK, posteriors, through_posterior
 from kernels.fused.products import product
@@ -92,7 +93,7 @@ def _log_sums(
     for left in range(begin, end, BLOCK_N):
         columns = left + tl.arange(0, BLOCK_N)
         ratios = _ratios(x, y, rows, columns, x_rows, y_rows, total, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
-        ratios = tl.maximum(ratios, floor)
+        ratios = tl.maximum(ratios, floor, propagate_nan=tl.PropagateNan.ALL)
         counts = row_exists[:, None] & (columns < y_rows)[None, :] & (start + rows[:, None] != columns[None, :])
         if FIT:
             powers = ratios
@@ -161,15 +162,17 @@ def _pull(
         inside = columns < y_rows
         ratios = _ratios(x, y, rows, columns, x_rows, y_rows, total, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         of_columns = tl.load(log_columns + columns, mask=inside, other=0.0) * 1.4426950408889634
-        counts = (ratios >= floor) & inside[None, :] & (start + rows[:, None] != columns[None, :])
+        floored = ratios < floor  # false for NaN, which has to reach the gradient
+        counts = inside[None, :] & (start + rows[:, None] != columns[None, :])
+        ratios = tl.maximum(ratios, floor, propagate_nan=tl.PropagateNan.ALL)
         if FIT:
             w = tl.exp2(-of_rows)[:, None] + tl.exp2(-of_columns)[None, :]
             if not LINEAR:
-                w *= tl.exp2(tl.log2(tl.maximum(ratios, floor)) * power)
+                w *= tl.exp2(tl.log2(ratios) * power)
         else:
-            powers = tl.log2(tl.maximum(ratios, floor)) * power
+            powers = tl.log2(ratios) * power
             w = tl.exp2(powers - of_rows[:, None]) + tl.exp2(powers - of_columns[None, :])
-        w = tl.where(counts, w, 0.0)
+        w = tl.where(floored, 0.0, tl.where(counts, w, 0.0))
         y_tile = tl.load(
             y + columns.to(tl.int64)[:, None] * D + part_of_d + dimensions[None, :], mask=inside[:, None], other=0.0
         )
@@ -239,7 +242,7 @@ def _combined(table: Tensor) -> Tensor:
 
 
 def _constants(rows: Tensor, settings: Settings, block_d: bool = True) -> dict[str, Any]:
-    exact = not settings.fast and torch.get_float32_matmul_precision() == "highest"
+    exact = not settings.fast and not tf32_allowed()
     block = {"BLOCK_D": min(rows.shape[1], WIDEST_BLOCK)} if block_d else {}
     return block | {
         "LINEAR": settings.temperature == 1,

@@ -200,6 +200,40 @@ def test_huge_scores_rows_of_zeros_and_identical_rows(backend, value):
         assert found[1][0].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["tiled", TRITON, "reference"])
+@pytest.mark.parametrize("n", [1, 20])
+def test_nan_comes_out_as_nan(backend, n):
+    # The reference's gradient stays away from scores that are no one's winner's.
+    whole = Tensor.any if backend == "reference" else Tensor.all
+    for k in (6, 16):  # with columns behind the last one, and without
+        for view in (0, 1):
+            for place in (slice(3, 4), slice(None)):
+                scores = views(n, k, dtype=torch.float32)
+                scores[view][n // 2, place] = math.nan
+                for inputs in (scores, scores + soft_weights(n, k, torch.float32)):
+                    loss, gradients = loss_and_gradients(inputs, temperature=0.1, backend=backend)
+                    assert loss.isnan()
+                    assert whole(gradients[0][n // 2 + view * n].isnan())
+                weights = soft_weights(n, k, torch.float32)
+                weights[view][n // 2, place] = math.nan
+                inputs = views(n, k, dtype=torch.float32) + weights
+                loss, gradients = loss_and_gradients(inputs, temperature=0.1, backend=backend)
+                assert loss.isnan()
+                assert gradients[0].isnan().all(1).any()
+
+
+@pytest.mark.parametrize("backend", ["tiled", TRITON])
+@pytest.mark.parametrize("soft", [False, True])
+def test_small_divergences_keep_their_digits(backend, soft):
+    # exp(-D / 2σ²) in float32 knows 1 - 1e-5 to two digits of the 1e-5, which a temperature as low makes the logits.
+    inputs = views(37, 10, scale=1e-5, dtype=torch.float32) + (soft_weights(37, 10, torch.float32) if soft else ())
+    exact = loss_and_gradients(tuple(tensor.double() for tensor in inputs), definition, temperature=1e-5)
+    found = loss_and_gradients(inputs, temperature=1e-5, backend=backend)
+    plain = loss_and_gradients(inputs, temperature=1e-5, backend="reference")
+    assert_close(found, exact, 2e-6, backend)
+    assert error(plain[1][0], exact[1][0]) > 1e-4
+
+
 @pytest.mark.parametrize("backend", ["tiled", TRITON])
 def test_a_tiny_loss_keeps_its_digits(backend):
     # Every image has a winner of its own, which both views agree on and no other image likes.

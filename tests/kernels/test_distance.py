@@ -1,6 +1,7 @@
 """Distance correlation against the statistics of the papers in numpy, on one process and on several."""
 
 import importlib
+import math
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ def test_motions_and_scales_change_nothing_and_make_it_one(backend):
         assert abs(value - moved) < 1e-5
         assert error(of_moved @ turn.T * 8, of_x) < 1e-4
         assert error(of_y_again, of_y) < 1e-4
-        same = distance_correlation(x, 0.01 * x @ turn - 7, unbiased=unbiased)
+        same, *_ = value_and_gradients(x, 0.01 * x @ turn - 7, unbiased=unbiased, backend=backend)
         assert abs(same - 1) < 1e-6
 
 
@@ -152,6 +153,22 @@ def test_features_without_variation_say_nothing(backend, unbiased):
             value, *gradients = value_and_gradients(first, second, unbiased=unbiased, backend=backend)
             assert value == 0
             assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("backend", ["tiled", TRITON, "reference"])
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_nan_is_neither_constant_nor_independent(backend, unbiased):
+    x, y = features(5, 9, 4, dtype=torch.float32)
+    one_number, one_row = x.clone(), x.clone()
+    one_number[3, 7], one_row[3] = math.nan, math.nan
+    for broken in (one_number, one_row):
+        for other in (y, torch.ones(5, 4)):  # nothing can be told about a constant, of numbers
+            for inputs in ((broken, other), (other, broken)):
+                value, *gradients = value_and_gradients(*inputs, unbiased=unbiased, backend=backend)
+                assert value.isnan()
+                if other is y:
+                    assert gradients[0][3].isnan().all()
+                    assert gradients[1][3].isnan().all()
 
 
 @pytest.mark.parametrize("backend", ["tiled", TRITON])

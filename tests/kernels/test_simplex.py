@@ -192,6 +192,22 @@ def test_huge_values_and_rows_of_zeros(backend, value):
         assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["tiled", TRITON, "reference"])
+@pytest.mark.parametrize("temperature", [0.01, 0.7, 1.0])  # sums of logarithms, of powers, of the ratios themselves
+@pytest.mark.parametrize("n", [1, 20])
+def test_nan_comes_out_as_nan(backend, temperature, n):
+    for c in (8, 32):  # with columns behind the last one, and without
+        for view in (0, 1):
+            for place in (slice(3, 4), slice(None)):
+                z = views(n, c, dtype=torch.float32)
+                z[view][n // 2, place] = math.nan
+                loss, gradient = loss_and_gradient(*z, temperature=temperature, backend=backend)
+                assert loss.isnan()
+                assert gradient[n // 2 + view * n].isnan().all()
+                if n > 1 or backend != "reference":  # a single ratio of NaN: clamp_min's derivative is 0
+                    assert gradient[n // 2 + (1 - view) * n].isnan().all()  # its partner
+
+
 @pytest.mark.parametrize("backend", ["tiled", TRITON])
 def test_late_in_training_the_gradient_keeps_its_digits(backend):
     z1 = 9 * torch.nn.functional.one_hot(torch.arange(40), 40) - 6.0 + 0.1 * views(40, 40)[0]
