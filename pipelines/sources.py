@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from pipelines.config import Section
+from pipelines.config import LoaderConfig
 from pipelines.stored import arrays, trees
 from pipelines.stored.common import Fixed, Part, StoredSet, measured_statistics
 from pipelines.stored.images import ArrayImages, DataError, FileImages, Images, decode
@@ -46,8 +46,8 @@ __all__ = [
 Split = Literal["pretrain", "train", "holdout", "test"]
 
 
-class DataConfig(Section):
-    """Which images, and how they are divided."""
+class DataConfig(LoaderConfig):
+    """Which images, how they are divided, and how they are loaded."""
 
     source: str = "digits"
     root: Path | None = None  # where the data lies or is downloaded to; None: $TWINSTREAM_DATA, else ./data
