@@ -7,13 +7,14 @@ Whatever the storage, an image comes out as uint8 [H, W, 3] in RGB, upright. Wha
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 # As torchvision.datasets.folder.IMG_EXTENSIONS; compared without regard to case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -50,6 +51,24 @@ class Images(Protocol):
         """Update a hashlib object with pixels, or with the files' names, sizes and (`times`) dates."""
         ...
 
+    def read(self, index: int, /) -> bytes | np.ndarray:
+        """Image `index` as it is stored, for decoders that are not ours.
+
+        An encoded file comes as bytes, or as a 1-D uint8 array that looks into a memory map without a copy;
+        raw pixels come as C-contiguous uint8 [H, W, 3]. Arrays may be read-only: do not write to them.
+        """
+        ...
+
+    @property
+    def sizes(self) -> np.ndarray | None:
+        """int32 [N, 2], (height, width) of the upright images; None where only reading them would tell."""
+        ...
+
+    @property
+    def addresses(self) -> np.ndarray | None:
+        """int64 [N], numbers that grow with the place on the disk, to read in nearly that order; None: not known."""
+        ...
+
 
 class ArrayImages:
     """Images in one or several uint8 arrays [n, H, W, 3] (a memory map will do), seen as one sequence.
@@ -71,10 +90,16 @@ class ArrayImages:
         return int(self._starts[-1]) if self._positions is None else len(self._positions)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        return np.array(self._view(index), order="C")
+
+    def read(self, index: int) -> np.ndarray:
+        return np.ascontiguousarray(self._view(index))
+
+    def _view(self, index: int) -> np.ndarray:
         index = range(len(self))[index]  # IndexError beyond the end; negative indices as usual
         row = index if self._positions is None else int(self._positions[index])
         part = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return np.array(self._parts[part][row - self._starts[part]], order="C")
+        return self._parts[part][row - self._starts[part]]
 
     @property
     def array(self) -> np.ndarray:
@@ -92,6 +117,15 @@ class ArrayImages:
     def size(self) -> tuple[int, int]:
         height, width = self._parts[0].shape[1:3]
         return int(height), int(width)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.broadcast_to(np.array(self.size, dtype=np.int32), (len(self), 2))
+
+    @property
+    def addresses(self) -> np.ndarray:
+        rows = np.arange(len(self)) if self._positions is None else self._positions
+        return rows.astype(np.int64, copy=False)
 
     def select(self, positions: np.ndarray) -> ArrayImages:
         rows = positions if self._positions is None else self._positions[positions]
@@ -132,7 +166,6 @@ class FileImages:
         return self.root / os.fsdecode(bytes(self.names[index]))
 
     def read(self, index: int) -> bytes:
-        """The encoded bytes of file `index`, for decoders that are not ours."""
         try:
             return self.path(index).read_bytes()
         except OSError as error:
@@ -140,6 +173,14 @@ class FileImages:
 
     @property
     def array(self) -> None:
+        return None
+
+    @property
+    def sizes(self) -> None:
+        return None
+
+    @property
+    def addresses(self) -> None:
         return None
 
     @property
@@ -191,14 +232,23 @@ def decode(path: Path, *, at_least: int | None = None) -> np.ndarray:
     Raises:
         DataError: the file is missing, truncated or not an image that can be shown in RGB; names the path.
     """
+    return _decode(path, f"the image file {path}", at_least)
+
+
+def decode_bytes(data: bytes | np.ndarray, name: str, *, at_least: int | None = None) -> np.ndarray:
+    """As `decode`, of an encoded image in memory (bytes or a 1-D uint8 array); errors call it `name`."""
+    return _decode(io.BytesIO(data), name, at_least)
+
+
+def _decode(file: Path | io.BytesIO, name: str, at_least: int | None) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, zlib.error, ...
-        raise _unreadable(path, error) from error
+        raise _unreadable(name, error) from error
 
 
 def stored_size(path: Path) -> tuple[int, int]:
@@ -215,7 +265,7 @@ def stored_size(path: Path) -> tuple[int, int]:
             # 5 to 8 are the orientations that lie on their side.
             turned = told and image.getexif().get(0x0112) in (5, 6, 7, 8)
     except Exception as error:
-        raise _unreadable(path, error) from error
+        raise _unreadable(f"the image file {path}", error) from error
     return (width, height) if turned else (height, width)
 
 
@@ -235,8 +285,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(name: str, error: Exception) -> DataError:
+    # Pillow's "cannot identify" names a buffer by its address, which says nothing.
+    reason = "not an image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
     return DataError(
-        f"cannot decode the image file {path}: {error or type(error).__name__}; "
-        "replace the file or take it out of the set"
+        f"cannot decode {name}: {reason or type(error).__name__}; replace the file or take it out of the set"
     )
