@@ -59,6 +59,10 @@ class Images(Protocol):
         """
         ...
 
+    def where(self, index: int, /) -> str:
+        """What a message calls image `index`: its file, or its place in one."""
+        ...
+
     @property
     def sizes(self) -> np.ndarray | None:
         """int32 [N, 2], (height, width) of the upright images; None where only reading them would tell."""
@@ -118,6 +122,9 @@ class ArrayImages:
         height, width = self._parts[0].shape[1:3]
         return int(height), int(width)
 
+    def where(self, index: int) -> str:
+        return f"image {index:,} of an array"
+
     @property
     def sizes(self) -> np.ndarray:
         return np.broadcast_to(np.array(self.size, dtype=np.int32), (len(self), 2))
@@ -174,6 +181,9 @@ class FileImages:
     @property
     def array(self) -> None:
         return None
+
+    def where(self, index: int) -> str:
+        return str(self.path(index))
 
     @property
     def sizes(self) -> None:
