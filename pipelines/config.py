@@ -16,13 +16,13 @@ class Section(BaseModel):
 class LoaderConfig(Section):
     """How stored images become batches; what is left out of a recipe's hash changes the speed and nothing else."""
 
-    # resident: the whole set on the device. native: our decoder on files, arrays and shards. ffcv: the same on a .beton.
-    # dali: NVIDIA's decoders. plain: torch's DataLoader with torchvision, for reference. auto: by size and what is there.
+    # resident: the whole set on the device. native: our own decoder, on files, arrays and shards. ffcv: the same on a
+    # .beton. dali: NVIDIA's decoders. plain: torch's DataLoader with torchvision. auto: by the set and what is installed.
     loader: Literal["auto", "resident", "native", "ffcv", "dali", "plain"] = "auto"
     workers: int | None = Field(default=None, ge=1)  # decoding threads (plain: processes) of each rank; None: its cores
     ahead: int = Field(default=3, ge=1)  # batches in flight before the one in use
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: nearly as stored on the disk
-    last: Literal["drop", "pad"] = "drop"  # the images left over by whole batches; pad: filled up from the epoch's first
+    last: Literal["drop", "pad"] = "drop"  # what whole batches leave over; pad: filled up with the epoch's first images
     scaled: bool = True  # JPEGs decode at 1/2, 1/4 or 1/8 where a view still has no fewer pixels than it needs
     os_cache: bool = True  # .beton: map the file into memory; false: read sample by sample
     decode: Literal["cpu", "mixed"] | None = None  # dali: where JPEGs decode; None: mixed on a GPU
