@@ -60,10 +60,6 @@ class Images(Protocol):
         ...
 
     def where(self, index: int, /) -> str:
-        """What a message calls image `index`: its file, or its place in one."""
-        ...
-
-    def where(self, index: int, /) -> str:
         """What to call image `index` in an error: "the image file …"."""
         ...
 
@@ -129,9 +125,6 @@ class ArrayImages:
         height, width = self._parts[0].shape[1:3]
         return int(height), int(width)
 
-    def where(self, index: int) -> str:
-        return f"image {index:,} of an array"
-
     @property
     def sizes(self) -> np.ndarray:
         return np.broadcast_to(np.array(self.size, dtype=np.int32), (len(self), 2))
@@ -191,9 +184,6 @@ class FileImages:
     @property
     def array(self) -> None:
         return None
-
-    def where(self, index: int) -> str:
-        return str(self.path(index))
 
     @property
     def sizes(self) -> None:
