@@ -59,10 +59,6 @@ class Images(Protocol):
         """
         ...
 
-    def where(self, index: int, /) -> str:
-        """What to call image `index` in an error: "the image file …"."""
-        ...
-
     @property
     def sizes(self) -> np.ndarray | None:
         """int32 [N, 2], (height, width) of the upright images; None where only reading them would tell."""
@@ -98,9 +94,6 @@ class ArrayImages:
 
     def read(self, index: int) -> np.ndarray:
         return np.ascontiguousarray(self._view(index))
-
-    def where(self, index: int) -> str:
-        return f"image {index} of {len(self):,} in memory"
 
     def _view(self, index: int) -> np.ndarray:
         index = range(len(self))[index]  # IndexError beyond the end; negative indices as usual
@@ -168,9 +161,6 @@ class FileImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return decode(self.path(index))
-
-    def where(self, index: int) -> str:
-        return f"the image file {self.path(index)}"
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self.names[index]))
@@ -247,7 +237,7 @@ def decode(path: Path, *, at_least: int | None = None) -> np.ndarray:
 
 def decode_bytes(data: bytes | np.ndarray, name: str, *, at_least: int | None = None) -> np.ndarray:
     """As `decode`, of an encoded image in memory (bytes or a 1-D uint8 array); errors call it `name`."""
-    return _decode(io.BytesIO(memoryview(data)), name, at_least)
+    return _decode(io.BytesIO(bytes(data)), name, at_least)
 
 
 def _decode(file: Path | io.BytesIO, name: str, at_least: int | None) -> np.ndarray:
