@@ -59,6 +59,10 @@ class Images(Protocol):
         """
         ...
 
+    def where(self, index: int, /) -> str:
+        """What to call image `index` in an error: "the image file …"."""
+        ...
+
     @property
     def sizes(self) -> np.ndarray | None:
         """int32 [N, 2], (height, width) of the upright images; None where only reading them would tell."""
@@ -94,6 +98,9 @@ class ArrayImages:
 
     def read(self, index: int) -> np.ndarray:
         return np.ascontiguousarray(self._view(index))
+
+    def where(self, index: int) -> str:
+        return f"image {index} of {len(self):,} in memory"
 
     def _view(self, index: int) -> np.ndarray:
         index = range(len(self))[index]  # IndexError beyond the end; negative indices as usual
@@ -161,6 +168,9 @@ class FileImages:
 
     def __getitem__(self, index: int) -> np.ndarray:
         return decode(self.path(index))
+
+    def where(self, index: int) -> str:
+        return f"the image file {self.path(index)}"
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self.names[index]))

@@ -30,7 +30,7 @@ def test_files_are_read_as_they_are(tmp_path: Path) -> None:
     path = write_image(tmp_path / "a.png")
     images = FileImages(tmp_path, ["a.png"])
     assert images.read(0) == path.read_bytes()
-    assert images.where(0) == str(path)
+    assert images.where(0) == f"the image file {path}"
     assert images.sizes is None
     assert images.addresses is None
 
