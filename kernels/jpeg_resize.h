@@ -46,9 +46,8 @@ static void *reserve(Buffer *buffer, size_t bytes) {
 
 typedef float Pixels __attribute__((vector_size(ROWS * 16))); /* a pixel, RGB and a spare, of each output row */
 typedef int32_t Integers __attribute__((vector_size(ROWS * 16)));
+typedef uint16_t Shorts __attribute__((vector_size(ROWS * 8)));
 typedef uint8_t Bytes __attribute__((vector_size(ROWS * 4)));
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint8_t Samples __attribute__((vector_size(16), aligned(1), may_alias));
 
 typedef struct { /* the pixels under the triangle of each output along one axis, and their weights */
     int32_t *first, *count;
@@ -96,28 +95,34 @@ static bool resize(const Patch *patch, const double box[4], int64_t size, uint8_
     return true;
 }
 
+/* `line` = (or, `more`, +=) the weighted sum of `count` rows. Inlined with a count that the compiler knows. */
+static inline __attribute__((always_inline)) void add(const uint8_t *restrict source, int64_t stride,
+                                                      const float *restrict weights, int count, bool more,
+                                                      int64_t bytes, float *restrict line) {
+    for (int64_t k = 0; k < bytes; k++) {
+        float sum = more ? line[k] : 0;
+        for (int t = 0; t < count; t++) sum += weights[t] * source[t * stride + k];
+        line[k] = sum;
+    }
+}
+
 /* The weighted sum of the rows under output row y, from column `left` on. */
 static void add_rows(const Patch *patch, const Taps *vertical, int64_t y, int64_t left, int64_t bytes, float *line) {
     const float *weights = vertical->weights + y * vertical->most;
+    const int64_t stride = patch->stride;
+    const uint8_t *source =
+        patch->pixels + (vertical->first[y] - patch->held.top) * stride + 3 * (left - patch->held.left);
     const int64_t count = vertical->count[y];
-    const uint8_t *source = patch->pixels + (vertical->first[y] - patch->held.top) * patch->stride +
-                            3 * (left - patch->held.left);
-    int64_t k = 0;
-    for (; k + 32 <= bytes; k += 32) {
-        Floats sum = {0}, next = {0};
-        for (int64_t t = 0; t < count; t++) {
-            const uint8_t *samples = source + t * patch->stride + k;
-            sum += weights[t] * __builtin_convertvector(*(const Samples *)samples, Floats);
-            next += weights[t] * __builtin_convertvector(*(const Samples *)(samples + 16), Floats);
-        }
-        *(Floats *)(line + k) = sum;
-        *(Floats *)(line + k + 16) = next;
+    switch (count) {
+    case 0: memset(line, 0, bytes * sizeof(float)); return;
+    case 1: add(source, stride, weights, 1, false, bytes, line); return;
+    case 2: add(source, stride, weights, 2, false, bytes, line); return;
+    case 3: add(source, stride, weights, 3, false, bytes, line); return;
+    default: add(source, stride, weights, 4, false, bytes, line);
     }
-    for (; k < bytes; k++) { /* a wider load would leave the memory of the image */
-        float sum = 0;
-        for (int64_t t = 0; t < count; t++) sum += weights[t] * source[t * patch->stride + k];
-        line[k] = sum;
-    }
+    int64_t t = 4;
+    for (; t + 2 <= count; t += 2) add(source + t * stride, stride, weights + t, 2, true, bytes, line);
+    if (t < count) add(source + t * stride, stride, weights + t, 1, true, bytes, line);
 }
 
 static inline __attribute__((always_inline)) void mix(const Pixels *line, const Taps *taps, int64_t count,
@@ -128,9 +133,9 @@ static inline __attribute__((always_inline)) void mix(const Pixels *line, const 
         Pixels sum = pixels[0] * weights[0] + 0.5f;
         for (int64_t t = 1; t < count; t++) sum += pixels[t] * weights[t];
         Integers whole = __builtin_convertvector(sum, Integers);
-        const Integers over = whole > 255; /* all bits set where so */
-        whole = (whole & ~over) | (over & 255);
-        const Bytes bytes = __builtin_convertvector(whole, Bytes);
+        whole -= whole >> 8; /* 256, to which thousands of roundings may add up, is 255 */
+        /* By way of 16 bits: GCC makes scalar code of the direct conversion for AVX2. */
+        const Bytes bytes = __builtin_convertvector(__builtin_convertvector(whole, Shorts), Bytes);
         if (x + 1 < size)
             for (int r = 0; r < ROWS; r++) memcpy(rows[r] + 3 * x, (const uint8_t *)&bytes + 4 * r, 4);
         else /* the fourth byte would be another row's */
