@@ -15,7 +15,7 @@ import torch
 import typer
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
-from pipelines.resident import ResidentLoader
+from pipelines.choice import build_loader
 from pipelines.sources import DataError, describe, open_source
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
@@ -33,9 +33,10 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
     source = open_source(recipe.data, "pretrain")
     counts = describe(recipe.data).counts
     size = recipe.views.size or source.image_size
-    loader = ResidentLoader(
+    loader, choice = build_loader(
         source,
         recipe.views.resolve(),
+        config=recipe.data,
         size=size,
         batch_size=recipe.batch_size,
         seed=recipe.seed,
@@ -61,6 +62,7 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         size=size,
         batch_size=recipe.batch_size,
         ranks=ranks,
+        loading=recipe.data,
     )
     log = RunLog(
         recipe.log,
@@ -70,6 +72,7 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         batch_size=recipe.batch_size,
         recipe=recipe.resolved(),
     )
+    log.say(f"{directory}: {source.name}, {len(source):,} images, loader {choice}")
     torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
     export = {
         "arch": recipe.encoder.arch,
@@ -100,7 +103,6 @@ def main(
             if failure is not None:
                 raise RecipeError(failure)
             run = build_run(recipe, directory, ranks)
-            run.log.say(f"{directory}: {run.loader.source.name}, {len(run.loader.source)} images")
             if remark is not None:
                 run.log.say(remark)
             code = pretrain(run)

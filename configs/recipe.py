@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
 
 from pipelines.config import Section
+from pipelines.order import count_steps
 from pipelines.sources import DataConfig, DataError, describe
 from pipelines.views import ViewsConfig
 from trainers.encoders import EncoderConfig
@@ -30,7 +31,10 @@ from trainers.runlog import LogConfig
 from trainers.state import LOCK, CheckpointConfig
 
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
-_ASIDE = ("run", "log", "checkpoint", "data.root", "data.download", "engine.timeout")
+_ASIDE = (
+    *("run", "log", "checkpoint", "engine.timeout", "data.root", "data.url", "data.download"),
+    *("data.loader", "data.workers", "data.ahead", "data.os_cache", "data.decode", "data.hw_decoder_load"),
+)
 
 
 class RecipeError(ValueError):
@@ -133,7 +137,7 @@ def _check_against_data(recipe: Recipe, parts: int) -> None:
             raise RecipeError(
                 f"blur_kernel={view.kernel(size)} is too large for views of {size} pixels; at most {2 * size - 1}"
             )
-    steps = images // batch
+    steps = count_steps(images, batch, recipe.data.last)
     try:
         recipe.method.check(images=images, batch_size=batch)
         build_schedule(recipe.schedule, 1.0, steps, recipe.epochs * steps)

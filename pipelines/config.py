@@ -17,7 +17,7 @@ class LoaderConfig(Section):
     """How stored images become batches; what is left out of a recipe's hash changes the speed and nothing else."""
 
     # resident: the whole set on the device. native: our own decoder, on files, arrays and shards. ffcv: the same on a
-    # .beton. dali: NVIDIA's decoders. plain: torch's DataLoader and torchvision. auto: by the set and what is installed.
+    # .beton. dali: NVIDIA's decoders. plain: torch's DataLoader, torchvision. auto: by the set and what is installed.
     loader: Literal["auto", "resident", "native", "ffcv", "dali", "plain"] = "auto"
     workers: int | None = Field(default=None, ge=1)  # decoding threads (plain: processes) of each rank; None: its cores
     ahead: int = Field(default=3, ge=1)  # batches in flight before the one in use

@@ -11,7 +11,7 @@ import os
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -105,7 +105,7 @@ class StreamedLoader(ABC):
         self.workers = self.config.workers or cores_of_a_rank()
 
     @abstractmethod
-    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Iterator[Crops]:
+    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Generator[Crops, None, None]:
         """The crops of each of `shares` ([n] int64 indices, any number of them), in that order.
 
         To be closed: what it holds is released then, however far it came.
@@ -138,27 +138,28 @@ class StreamedLoader(ABC):
     def load_state(self, state: Tensor) -> None:
         raise ValueError(f"{type(self).__name__} keeps no state")
 
+    @abstractmethod
     def close(self) -> None:
         """Release threads, processes and files."""
 
-    def on_device(self, batches: Iterator[Crops]) -> Iterator[Crops]:
+    def on_device(self, batches: Generator[Crops, None, None]) -> Generator[Crops, None, None]:
         """The same with the crops on the training device: the next is copied there while the last is in use."""
         if self.device.type != "cuda":
-            with closing(batches):  # type: ignore[type-var]
+            with closing(batches):
                 yield from batches
             return
         stream = torch.cuda.Stream(self.device)
 
-        def copied() -> Iterator[tuple[Crops, Any]]:
+        def copied() -> Generator[tuple[Crops, Any], None, None]:
             torch.cuda.set_stream(stream)  # of the thread that runs this
-            with closing(batches):  # type: ignore[type-var]
+            with closing(batches):
                 for batch in batches:
                     crops = batch.crops
                     if crops.device.type == "cpu":
                         crops = (crops if crops.is_pinned() else crops.pin_memory()).to(self.device, non_blocking=True)
                     yield Crops(crops, batch.indices), stream.record_event()
 
-        with closing(in_background(copied(), 1)) as ready:  # type: ignore[type-var]
+        with closing(in_background(copied(), 1)) as ready:
             for batch, copy in ready:
                 current = torch.cuda.current_stream(self.device)
                 current.wait_event(copy)
@@ -190,10 +191,10 @@ T = TypeVar("T")
 _END = object()
 
 
-def in_background(items: Iterator[T], ahead: int) -> Iterator[T]:
-    """Run an iterator in a thread of its own, at most `ahead` items before they are asked for.
+def in_background(items: Generator[T, None, None], ahead: int) -> Generator[T, None, None]:
+    """Run a generator in a thread of its own, at most `ahead` items before they are asked for.
 
-    Its exception is raised here. Closing this ends the thread and closes the iterator, wherever it stands.
+    Its exception is raised here. Closing this ends the thread and closes the generator, wherever it stands.
     """
     made: queue.Queue[Any] = queue.Queue(ahead)
     closed = threading.Event()
@@ -209,7 +210,7 @@ def in_background(items: Iterator[T], ahead: int) -> Iterator[T]:
 
     def work() -> None:
         try:
-            with closing(items):  # type: ignore[type-var]
+            with closing(items):
                 for item in items:
                     if not put((item, None)):
                         return

@@ -6,7 +6,7 @@ Reads whatever `Images.read` gives: files, arrays, shards and .beton files (`pip
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -64,7 +64,7 @@ class NativeLoader(StreamedLoader):
             )
         return decoder
 
-    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Iterator[Crops]:
+    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Generator[Crops, None, None]:
         waiting: deque[Future[Crops]] = deque()
         try:
             for indices in shares:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,18 +13,19 @@ from torch import Tensor
 
 from kernels import crop_resize, photometric
 from pipelines.batch import ViewBatch
-from pipelines.draw import permutation
-from pipelines.plain_views import stack_images
+from pipelines.config import LoaderConfig
+from pipelines.order import EpochOrder
 from pipelines.sources import DataError, Source
-from pipelines.views import View, draw_boxes, draw_photometric
+from pipelines.stacking import stack_images
+from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
 
 class ResidentLoader:
     """Batches of views from a set held as uint8 on ``device``.
 
-    Each epoch is a new permutation; the last incomplete batch is dropped. A step's global batch is cut into
-    ``world_size`` equal parts and each into ``accumulation`` micro-batches, so neither changes which images and
-    draws a step sees. Images with a side beyond twice the view size are reduced to it once, at loading.
+    Each epoch is a new permutation (`EpochOrder`). A step's global batch is cut into ``world_size`` equal parts and
+    each into ``accumulation`` micro-batches, so neither changes which images and draws a step sees. Images with a side
+    beyond 2.5 times the view size are reduced to it once, at loading; boxes are drawn for them as they are stored.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ResidentLoader:
         rank: int = 0,
         world_size: int = 1,
         accumulation: int = 1,
+        config: LoaderConfig | None = None,
     ) -> None:
         """``size``: side of a view in pixels; ``batch_size``: images of all ranks together.
 
@@ -45,68 +48,84 @@ class ResidentLoader:
             DataError: the set is smaller than a batch, or does not fit into the device's memory.
             ValueError: the batch cannot be divided evenly.
         """
-        if len(source.images) < batch_size:
-            raise DataError(
-                f"{source.name} has {len(source.images)} training images, fewer than batch_size={batch_size};"
-                f" choose at most {len(source.images)}"
-            )
-        if batch_size % (world_size * accumulation):
-            raise ValueError(
-                f"batch_size={batch_size} cannot be divided over {world_size} ranks × {accumulation} micro-batches"
-            )
+        self.order = EpochOrder(
+            len(source.images),
+            batch_size,
+            seed,
+            name=source.name,
+            rank=rank,
+            world_size=world_size,
+            accumulation=accumulation,
+            config=config,
+        )
         own_views = len(plan) * batch_size // world_size
-        _check_memory(source, 2 * size, own_views * 3 * size * size * 4, device)
+        needed, free = resident_bytes(source, size) + own_views * 3 * size * size * 4, free_bytes(device)
+        if needed > 0.8 * free:
+            raise DataError(
+                f"{source.name} may need {needed / 1e9:.1f} GB for its pixels and a batch of views, {device} has"
+                f" {free / 1e9:.1f} GB free; let it be decoded as it is needed (data.loader=auto), or use fewer images"
+                " (data.limit, data.class_list) or smaller ones (views.size)"
+            )
         self.source, self.plan, self.size, self.seed, self.device = source, plan, size, seed, device
-        self.batch_size, self.accumulation = batch_size, accumulation
-        self.rank, self.world_size = rank, world_size
+        self.accumulation = accumulation
         with ThreadPoolExecutor(max_workers=4) as pool:
-            canvas, self.sizes = stack_images(source, torch.arange(len(source.images)), pool, 2 * size)
+            everything = torch.arange(len(source.images))
+            canvas, self.sizes, self.stored_sizes = stack_images(source, everything, pool, _largest_side(size))
         self.canvas = canvas.to(device)
         self.labels = source.labels.to(device)
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.source.images) // self.batch_size
+        return self.order.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[ViewBatch]]:
         """The micro-batches of each step of an epoch, from step ``first_step`` of it on."""
-        order = permutation(self.seed, epoch, len(self.source.images))
-        share = self.batch_size // self.world_size
-        for step in range(first_step, self.steps_per_epoch):
-            start = step * self.batch_size + self.rank * share
-            mine = order[start : start + share]
+        for mine in self.order.shares(epoch, first_step):
             yield [self.views(indices, epoch) for indices in mine.chunk(self.accumulation)]
 
     def views(self, indices: Tensor, epoch: int) -> ViewBatch:
         """All views of the images at ``indices`` [N], as this epoch draws them."""
-        heights, widths = self.sizes[indices].unbind(1)
-        rows = indices.to(self.device)
-        views = torch.empty(
-            (len(self.plan) * len(indices), 3, self.size, self.size),
-            device=self.device,
-            memory_format=torch.channels_last,
-        )
-        for number, view in enumerate(self.plan):
-            draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices, "view_index": number}
-            boxes = draw_boxes(view, **draws, heights=heights, widths=widths, size=self.size)
-            crops = crop_resize(self.canvas, boxes, self.size, rows=rows, sizes=self.sizes[indices])
-            params = draw_photometric(view, **draws, size=self.size)
-            views[number * len(indices) : (number + 1) * len(indices)] = photometric(
-                crops, params, mean=self.source.mean, std=self.source.std
-            )
+        draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices, "size": self.size}
+        rows, sizes, stored = indices.to(self.device), self.sizes[indices], self.stored_sizes[indices]
+        boxes = draw_plan_boxes(self.plan, **draws, heights=stored[:, 0], widths=stored[:, 1])
+        if not torch.equal(sizes, stored):
+            boxes = _scaled(boxes, sizes / stored)
+        crops = [crop_resize(self.canvas, own, self.size, rows=rows, sizes=sizes) for own in boxes]
+        params = draw_plan_photometric(self.plan, **draws)
+        views = photometric(torch.cat(crops), params, mean=self.source.mean, std=self.source.std)
         return ViewBatch(views.unflatten(0, (len(self.plan), len(indices))), self.labels[rows], rows)
 
+    def state(self) -> Tensor | None:
+        return None
 
-def _check_memory(source: Source, max_side: int, batch_bytes: int, device: torch.device) -> None:
-    height, width = source.images.size or (max_side, max_side)
-    largest = min(max(height, width), max_side)
-    needed = len(source) * min(height, largest) * min(width, largest) * 3 + batch_bytes
+    def load_state(self, state: Tensor) -> None:
+        raise ValueError("ResidentLoader keeps no state")
+
+    def close(self) -> None: ...
+
+
+def resident_bytes(source: Source, size: int) -> int:
+    """What the pixels of a set may take on the device, for views of ``size`` pixels."""
+    most = _largest_side(size)
+    height, width = source.images.size or (most, most)
+    largest = min(max(height, width), most)
+    return len(source) * min(height, largest) * min(width, largest) * 3
+
+
+def _largest_side(size: int) -> int:
+    """Of the images that are kept, pixels: at 224, photographs of ImageNet's usual 500 stay as they are."""
+    return size * 5 // 2
+
+
+def free_bytes(device: torch.device) -> int:
+    """What this process may still use of the device's memory; CPUs are shared with the machine's other ranks."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-    else:
-        free = psutil.virtual_memory().available
-    if needed > 0.8 * free:
-        raise DataError(
-            f"{source.name} may need {needed / 1e9:.1f} GB for its pixels and a batch of views, {device} has"
-            f" {free / 1e9:.1f} GB free; use fewer images (data.limit, data.class_list) or smaller ones (views.size)"
-        )
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _scaled(boxes: Tensor, factors: Tensor) -> Tensor:
+    """Boxes [V, N, 4] in images that were reduced by ``factors`` [N, 2], to whole pixels."""
+    start = (boxes[..., :2] * factors).round()
+    end = ((boxes[..., :2] + boxes[..., 2:]) * factors).round()
+    return torch.cat([start, (end - start).clamp(min=1)], dim=-1).to(torch.int64)

@@ -32,7 +32,6 @@ class View(Section):
     crop: Literal["random_resized", "pad_and_crop", "whole", "center"] = "whole"
     crop_scale: tuple[float, float] = (0.08, 1.0)  # random_resized: share of the image's area
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # random_resized: width / height
-    center: float = Field(default=1.0, gt=0, le=1)  # center: share of the short side
     pad: int = Field(default=4, ge=0)
     flip: float = 0.0  # probabilities here and below
     jitter: float = 0.0
@@ -230,7 +229,7 @@ def draw_boxes(
         zeros = torch.zeros_like(heights)
         return torch.stack([zeros, zeros, heights, widths], dim=1)
     if view.crop == "center":
-        return center_boxes(heights, widths, view.center)
+        return center_boxes(heights, widths)
     draws = uniforms(seed, epoch, indices, view_index, Slot.CROP_LEFT + 1)
     u_top, u_left = draws[:, Slot.CROP_TOP], draws[:, Slot.CROP_LEFT]
     if view.crop == "pad_and_crop":
@@ -296,10 +295,10 @@ def draw_plan_photometric(
     return PhotometricParams.cat([draw_photometric(view, view_index=i, **shared) for i, view in enumerate(plan)])
 
 
-def center_boxes(heights: Tensor, widths: Tensor, share: float = 1.0) -> Tensor:
-    """[N, 4] int64: the central square whose side is `share` of the short side."""
+def center_boxes(heights: Tensor, widths: Tensor) -> Tensor:
+    """[N, 4] int64: the central square that takes the whole short side."""
     heights, widths = heights.to(torch.int64), widths.to(torch.int64)
-    sides = (torch.minimum(heights, widths) * share).round().clamp(min=1).to(torch.int64)
+    sides = torch.minimum(heights, widths)
     return torch.stack([(heights - sides) // 2, (widths - sides) // 2, sides, sides], dim=1)
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pipelines.config import LoaderConfig
 from pipelines.plain_views import plain_batches
 from pipelines.sources import DataConfig, Source
 from trainers.encoders import EncoderConfig, build_encoder
@@ -76,10 +77,12 @@ def raw_pixels(source: Source, size: int | None) -> FrozenEncoder:
     return FrozenEncoder("raw pixels", None, size, mean, std, f"pixels-{size}", Path("runs/evaluations"))
 
 
-def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
+def features_of(
+    encoder: FrozenEncoder, source: Source, device: torch.device, loading: LoaderConfig | None = None
+) -> Tensor:
     """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time."""
     if encoder.module is None:  # pixels are cheaper to read than to keep
-        return extract(encoder, source, device)
+        return extract(encoder, source, device, loading)
     key = hashlib.sha256(
         json.dumps(
             [
@@ -101,7 +104,7 @@ def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) ->
         else:
             if len(cached) == len(source.labels):
                 return cached.to(device)
-    features = extract(encoder, source, device)
+    features = extract(encoder, source, device, loading)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     save_file({"features": features.cpu().contiguous()}, draft)
@@ -110,10 +113,12 @@ def features_of(encoder: FrozenEncoder, source: Source, device: torch.device) ->
 
 
 @torch.no_grad()
-def extract(encoder: FrozenEncoder, source: Source, device: torch.device) -> Tensor:
+def extract(
+    encoder: FrozenEncoder, source: Source, device: torch.device, loading: LoaderConfig | None = None
+) -> Tensor:
     """Features [N, d] float32. The encoder is in eval mode and asserted to come out as it went in."""
     source = replace(source, mean=encoder.mean, std=encoder.std)  # as the encoder was trained
-    batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device)
+    batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
     if encoder.module is None:
         return torch.cat([images.flatten(1) for images, _ in batches])
     module = encoder.module.to(device).to(memory_format=torch.channels_last).eval()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipelines.config import Section
+from pipelines.config import LoaderConfig, Section
 from pipelines.plain_views import plain_batches
 from pipelines.sources import Source
 from trainers.encoders import feature_width
@@ -87,13 +87,14 @@ class Monitor:
         size: int,
         batch_size: int,
         ranks: Ranks,
+        loading: LoaderConfig | None = None,
     ) -> None:
         """``train``: the labelled images to search among; ``holdout``: those to classify; ``size`` in pixels.
 
         Either may be missing. The probe needs labels of one class an image, kNN and accuracy the held-out part too.
         """
         self.config, self.encoder, self.ranks = config, encoder, ranks
-        self.size, self.batch_size = size, batch_size
+        self.size, self.batch_size, self.loading = size, batch_size, loading
         self.bank = _spread(train, config.images)
         self.holdout = _spread(holdout, config.images)
         self.probe: Probe | None = None
@@ -130,7 +131,7 @@ class Monitor:
     def _features(self, source: Source) -> Tensor:
         training = self.encoder.training
         self.encoder.eval()
-        batches = plain_batches(source, self.size, self.batch_size, self.ranks.device)
+        batches = plain_batches(source, self.size, self.batch_size, self.ranks.device, self.loading)
         features = torch.cat([self.encoder(images).float() for images, _ in batches])
         self.encoder.train(training)
         return features

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from pipelines.batch import ViewBatch
-from pipelines.resident import ResidentLoader
+from pipelines.loading import Loader
 from trainers.engine import Engine
 from trainers.methods import BaseMethod
 from trainers.monitors import Monitor
@@ -43,7 +43,7 @@ class Run:
     epochs: int
     method: BaseMethod
     engine: Engine
-    loader: ResidentLoader
+    loader: Loader
     schedule: Callable[[int], float]
     monitor: Monitor
     log: RunLog
@@ -97,6 +97,7 @@ def pretrain(run: Run) -> int:
         return 0
     finally:
         stop.restore()
+        run.loader.close()
         log.close()
 
 
@@ -106,6 +107,8 @@ def save(run: Run, step: int) -> None:
     ranks = run.engine.ranks
     shared = {"method": dict(run.method.state_dict()), "meters": run.log.state()}
     sharded = {"generators": generator_states(ranks.device)}
+    if (loader_state := run.loader.state()) is not None:
+        sharded["loader"] = {"state": loader_state}
     if run.monitor.probe is not None:
         shared["probe"] = run.monitor.probe.state()
     (sharded if run.engine.config.zero_stage else shared)["optimizer"] = run.engine.optimizer_state()
@@ -147,6 +150,8 @@ def _resume(run: Run) -> int:
         run.monitor.probe.load(state.shared["probe"])
     if "generators" in state.sharded:
         restore_generators(state.sharded["generators"], ranks.device)
+    if "loader" in state.sharded:
+        run.loader.load_state(state.sharded["loader"]["state"])
     run.log.say(f"resuming from {path} (step {state.step})")
     return state.step
 

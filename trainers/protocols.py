@@ -53,7 +53,7 @@ class Job:
 
     def features(self, source: Source) -> tuple[torch.Tensor, torch.Tensor]:
         """Features [N, d] and labels [N] of a split."""
-        return features_of(self.encoder, source, self.device), source.labels.to(self.device)
+        return features_of(self.encoder, source, self.device, self.data), source.labels.to(self.device)
 
     def labelled(self, train: Source) -> list[torch.Tensor]:
         """Positions of the images whose labels may be used, once for each seed, kept as index files."""

@@ -145,6 +145,11 @@ def load_checkpoint(path: Path, ranks: Ranks) -> RunState:
     for name in values["sharded"]:
         if values["world_size"] == ranks.world_size:
             sharded[name] = load_file(path / _shard_name(name, ranks.rank))
+        elif name == "loader":
+            raise CheckpointError(
+                f"{path} holds where DALI's own readers stood on {values['world_size']} ranks, this run has"
+                f" {ranks.world_size}; resume with as many (data.reader=ours resumes on any number)"
+            )
         elif name == "optimizer":
             raise CheckpointError(
                 f"{path} holds the ZeRO shards of {values['world_size']} ranks, this run has {ranks.world_size};"

@@ -104,15 +104,19 @@ def test_photographs_of_many_sizes_against_torchvision(photos: Source) -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photos.mean, photos.std))
     for i in range(6):
         stored = photos.images[i]
-        if max(stored.shape[:2]) > 2 * size:  # kept at twice the view size
-            factor = 2 * size / max(stored.shape[:2])
+        height, width = (torch.tensor([n]) for n in stored.shape[:2])
+        factors = torch.ones(2)
+        if max(stored.shape[:2]) > 120:  # kept at 2.5 times the view size
+            factor = 120 / max(stored.shape[:2])
             shape = (round(stored.shape[1] * factor), round(stored.shape[0] * factor))
+            factors = torch.tensor([shape[1] / stored.shape[0], shape[0] / stored.shape[1]])
             stored = np.asarray(Image.fromarray(stored).resize(shape, Image.Resampling.BILINEAR))
         image = torch.from_numpy(np.array(stored)).permute(2, 0, 1)
-        height, width = (torch.tensor([n]) for n in image.shape[1:])
         for v, view in enumerate(plan):
             draws = {"seed": 0, "epoch": 0, "indices": torch.tensor([i]), "view_index": v}
-            box = draw_boxes(view, **draws, heights=height, widths=width, size=size)[0].tolist()
+            drawn = draw_boxes(view, **draws, heights=height, widths=width, size=size)[0]
+            start, end = ((edge * factors).round().int() for edge in (drawn[:2], drawn[:2] + drawn[2:]))
+            box = [*start.tolist(), *(end - start).tolist()]
             expected = T.resized_crop(image, *box, [size, size], antialias=True)
             if draw_photometric(view, **draws, size=size).flip[0]:
                 expected = T.horizontal_flip(expected)

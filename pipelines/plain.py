@@ -1,0 +1,110 @@
+"""torch's DataLoader with torchvision's decoder and resize: the reference for the other loaders, and the fallback."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as T
+
+from pipelines.loading import Crops, StreamedLoader
+from pipelines.sources import Source
+from pipelines.stored.images import DataError, Images, decode_bytes
+from pipelines.views import View, draw_plan_boxes
+
+_JPEG = b"\xff\xd8\xff"
+
+
+class PlainLoader(StreamedLoader):
+    """`StreamedLoader` on `config.workers` processes, each image decoded once by torchvision."""
+
+    def __init__(self, source: Source, plan: tuple[View, ...], **settings: Any) -> None:
+        super().__init__(source, plan, **settings)
+        self._shares: Iterable[Tensor] = ()
+        self._epoch = 0
+        self._loader = DataLoader(
+            _Samples(source.images, plan, self.seed, self.size),
+            batch_sampler=_Keys(self),
+            num_workers=self.workers,
+            prefetch_factor=max(1, -(-self.config.ahead // self.workers)),
+            collate_fn=_stack,
+            multiprocessing_context=_fresh_processes(),
+            persistent_workers=True,
+        )
+
+    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Generator[Crops, None, None]:
+        self._epoch, self._shares = epoch, shares
+        try:
+            yield from self._loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(f"a process that decodes images died ({error}); it may have run out of memory") from error
+
+    def keys(self) -> Iterator[list[tuple[int, int]]]:
+        for share in self._shares:
+            yield [(self._epoch, index) for index in share.tolist()]
+
+    def close(self) -> None:
+        self._loader = None  # type: ignore[assignment]  # its workers end with it
+
+
+def _fresh_processes() -> Any:
+    """Forked from a process that has imported everything and runs nothing: no locks that our threads hold."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
+    return context
+
+
+@dataclass
+class _Keys:
+    """The batches of the epoch that is being read, for a DataLoader that is made once."""
+
+    loader: PlainLoader
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.loader.keys()
+
+
+class _Samples(Dataset[tuple[int, Tensor]]):
+    """(epoch, index) -> (index, its crops [V, S, S, 3] uint8)."""
+
+    def __init__(self, images: Images, plan: tuple[View, ...], seed: int, size: int) -> None:
+        self.images, self.plan, self.seed, self.size = images, plan, seed, size
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor]:
+        epoch, index = key
+        image = _decoded(self.images, index)
+        heights, widths = (torch.tensor([n]) for n in image.shape[1:])
+        where: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": torch.tensor([index])}
+        boxes = draw_plan_boxes(self.plan, **where, heights=heights, widths=widths, size=self.size)[:, 0].tolist()
+        size = [self.size, self.size]
+        crops = [T.resized_crop(image, *box, size, antialias=True).permute(1, 2, 0) for box in boxes]
+        return index, torch.stack(crops)
+
+
+def _stack(samples: list[tuple[int, Tensor]]) -> Crops:
+    indices, crops = zip(*samples, strict=True)
+    return Crops(torch.stack(crops, dim=1), torch.tensor(indices))
+
+
+def _decoded(images: Images, index: int) -> Tensor:
+    """[3, H, W] uint8, upright."""
+    data = images.read(index)
+    if isinstance(data, np.ndarray) and data.ndim == 3:
+        return torch.from_numpy(np.array(data)).permute(2, 0, 1)
+    encoded = np.frombuffer(data, np.uint8)
+    if bytes(encoded[:3]) == _JPEG:
+        try:
+            buffer = torch.from_numpy(encoded.copy())
+            return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass  # CMYK for one: decoded below, or refused with the reason
+    return torch.from_numpy(decode_bytes(bytes(encoded), images.where(index))).permute(2, 0, 1)

@@ -1,0 +1,359 @@
+"""What all loaders promise alike: the same images, boxes and pixels, for any number of ranks, from anywhere on."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms.v2 import functional as T
+
+from pipelines.choice import build_loader, choose
+from pipelines.config import LoaderConfig
+from pipelines.loading import in_background
+from pipelines.plain_views import plain_batches
+from pipelines.sources import DataConfig, DataError, Source, open_source
+from pipelines.views import View, ViewsConfig, draw_boxes
+from tests.pipelines.stored_sets import real
+
+CPU = torch.device("cpu")
+KINDS = ("plain", "native", "ffcv", "dali")
+SIMCLR = ViewsConfig(plan="simclr").resolve()
+CROPS = ViewsConfig(plan="simclr", override={"jitter": 0, "grayscale": 0, "blur": 0, "flip": 0}).resolve()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """41 JPEGs in two classes, one of them gray, one lying on its side; and a PNG that says it is a JPEG."""
+    root = tmp_path_factory.mktemp("photos")
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    for number in range(42):
+        side = rng.integers(40, 300, 2)
+        top, left = rng.integers(0, 100, 2)
+        photo = photos[number % 2].crop((left, top, left + side[0], top + side[1]))
+        path = root / f"class{number % 2}" / f"{number:03d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        if number == 7:
+            photo = photo.convert("L")
+        exif = Image.Exif()
+        if number == 11:
+            exif[0x0112] = 6
+        photo.save(path, format="PNG" if number == 20 else "JPEG", quality=90, exif=exif)
+    return root
+
+
+@pytest.fixture(scope="module")
+def files(folder: Path) -> Source:
+    return open_source(DataConfig(source="folder", root=folder, holdout=0), "pretrain")
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """The same as a .beton with the same JPEGs; the PNG and the turned one are encoded anew."""
+    from tools.convert import convert
+
+    target = tmp_path_factory.mktemp("packed")
+    data = DataConfig(source="folder", root=folder, holdout=0)
+    convert(data, target, to="ffcv", workers=1)
+    return open_source(data.model_copy(update={"root": target}), "pretrain")
+
+
+@pytest.fixture
+def make(files: Source, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """make(kind, **settings) -> loader, closed in the end; plain's processes are few, since they start slowly."""
+    made = []
+
+    def build(kind: str, source: Source | None = None, plan: tuple[View, ...] = CROPS, **settings: Any) -> Any:
+        if kind == "dali":
+            pytest.importorskip("nvidia.dali")
+        if source is None:
+            source = request.getfixturevalue("packed") if kind == "ffcv" else files
+        own = {name: settings.pop(name) for name in list(settings) if name in LoaderConfig.model_fields}
+        config = LoaderConfig(loader=kind, **({"workers": 1 if kind == "plain" else 2} | own))
+        settings = {"size": 48, "batch_size": 12, "seed": 5, "device": CPU} | settings
+        loader, _ = build_loader(source, plan, config=config, **settings)
+        made.append(loader)
+        return loader
+
+    yield build
+    for loader in made:
+        loader.close()
+
+
+def indices_of(loader: Any, epoch: int, first_step: int = 0) -> list[list[int]]:
+    return [torch.cat([m.indices for m in step]).tolist() for step in loader.epoch(epoch, first_step)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("last", ["drop", "pad"])
+def test_every_image_once_an_epoch_over_all_ranks(kind: str, last: str, make: Any) -> None:
+    plan = (View(crop="whole"),)
+    expected = None
+    for world_size in (1, 2, 3):
+        ranks = [
+            make(kind, plan=plan, size=8, last=last, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        epochs = []
+        for epoch in range(3):
+            steps = [indices_of(rank, epoch) for rank in ranks]
+            assert [len(s) for s in steps] == [3 if last == "drop" else 4] * world_size
+            epochs.append([list(chain(*parts)) for parts in zip(*steps, strict=True)])
+            seen = list(chain(*epochs[-1]))
+            if last == "drop":
+                assert len(set(seen)) == len(seen) == 36
+            else:
+                assert sorted(seen[:42]) == list(range(42))
+                assert seen[42:] == seen[:6], "filled up with the epoch's first"
+        assert epochs[0] != epochs[1]
+        expected = expected or epochs
+        assert epochs == expected, "the same global batches for any number of ranks"
+        for rank in ranks:
+            rank.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_epoch_entered_in_the_middle_goes_on_exactly(kind: str, make: Any) -> None:
+    whole = list(make(kind, plan=SIMCLR).epoch(2))
+    later = list(make(kind, plan=SIMCLR).epoch(2, 1))
+    assert len(whole) == 3
+    assert len(later) == 2
+    for a, b in zip(whole[1:], later, strict=True):
+        assert torch.equal(a[0].views, b[0].views)
+        assert torch.equal(a[0].labels, b[0].labels)
+        assert torch.equal(a[0].indices, b[0].indices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_crops_are_torchvisions_of_the_boxes_that_all_loaders_draw(kind: str, make: Any, files: Source) -> None:
+    loader = make(kind, scaled=False)
+    batches = list(loader.crops(3, [torch.arange(42)]))
+    assert len(batches) == 1
+    crops = batches[0].crops
+    assert crops.shape == (2, 42, 48, 48, 3)
+    assert crops.dtype == torch.uint8
+    for index in range(42):
+        data = files.images.read(index)
+        if index in (7, 20, 35) or data[:2] != b"\xff\xd8":
+            image = torch.from_numpy(files.images[index]).permute(2, 0, 1)
+        else:
+            encoded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+            image = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        heights, widths = (torch.tensor([n]) for n in image.shape[1:])
+        for number, view in enumerate(CROPS):
+            box = draw_boxes(
+                view,
+                seed=5,
+                epoch=3,
+                indices=torch.tensor([index]),
+                view_index=number,
+                heights=heights,
+                widths=widths,
+                size=48,
+            )[0]
+            expected = T.resized_crop(image, *box.tolist(), [48, 48], antialias=True).permute(1, 2, 0)
+            error = (crops[number, index].float() - expected.float()).abs().mean().item()
+            reencoded = kind == "ffcv" and data[:2] != b"\xff\xd8"
+            assert error < (3 if reencoded else 1), f"image {index}, view {number}: mean difference {error} of 255"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_photographs_differ_by_less_than_3_of_255_between_loaders(kind: str, make: Any) -> None:
+    source = open_source(real("imagenet-sample").model_copy(update={"holdout": 0}), "pretrain")
+    some = source.select(range(0, len(source), 25))
+    if kind == "ffcv":
+        pytest.skip("a .beton of the same bytes is compared in test_convert.py")
+    ours = make(kind, some, size=224).crops(0, [torch.arange(len(some))])
+    plain = make("plain", some, size=224, scaled=False).crops(0, [torch.arange(len(some))])
+    a, b = next(ours).crops.float(), next(plain).crops.float()
+    assert (a - b).abs().mean((0, 2, 3, 4)).max() < 3
+
+
+def test_the_resident_loader_draws_the_same_boxes_and_nearly_the_same_pixels(make: Any) -> None:
+    source = open_source(real("imagenet-sample").model_copy(update={"holdout": 0}), "pretrain")
+    some = source.select(range(0, len(source), 25))
+    resident, plain = (make(kind, some, size=224, batch_size=len(some)) for kind in ("resident", "plain"))
+    std = torch.tensor(source.std).view(3, 1, 1) * 255
+    for a, b in zip(resident.epoch(1), plain.epoch(1), strict=True):
+        assert torch.equal(a[0].indices, b[0].indices)
+        errors = ((a[0].views - b[0].views) * std).abs().mean((0, 2, 3, 4))
+        reduced = torch.tensor([max(some.images[i].shape) > 560 for i in a[0].indices.tolist()])
+        assert 0 < reduced.sum() < 5, "the larger photographs were reduced once"
+        assert errors.mean() < 3
+        assert errors[~reduced].max() < 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_are_normalised_views_in_micro_batches(kind: str, make: Any) -> None:
+    whole = next(make(kind, plan=SIMCLR).epoch(0))[0]
+    parts = next(make(kind, plan=SIMCLR, accumulation=3).epoch(0))
+    assert whole.views.shape == (2, 12, 3, 48, 48)
+    assert whole.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert whole.labels.dtype == whole.indices.dtype == torch.int64
+    assert whole.labels.tolist() == [0 if i < 21 else 1 for i in whole.indices.tolist()]
+    assert len(parts) == 3
+    assert torch.equal(torch.cat([part.views for part in parts], dim=1), whole.views)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_kept_are_not_overwritten(kind: str, make: Any) -> None:
+    loader = make(kind, batch_size=3)
+    kept = [batch[0] for batch in loader.epoch(0)]
+    copies = [batch[0].views.clone() for batch in loader.epoch(0)]
+    assert len(kept) == 14
+    assert all(torch.equal(batch.views, copy) for batch, copy in zip(kept, copies, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leaving_early_leaks_nothing(kind: str, make: Any) -> None:
+    loader = make(kind, batch_size=3, plan=(View(),), size=16)
+    expected = indices_of(loader, 1)
+    before = threading.active_count()
+    for _ in range(10):
+        steps = loader.epoch(1)
+        next(steps)
+        steps.close()
+    assert indices_of(loader, 1) == expected
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_stays_flat_over_20_epochs(kind: str, make: Any) -> None:
+    loader = make(kind, size=96)
+    process = psutil.Process()
+
+    def memory() -> int:
+        gc.collect()
+        return sum(p.memory_info().rss for p in [process, *process.children(recursive=True)])
+
+    for epoch in range(4):
+        list(loader.epoch(epoch))
+    sizes = []
+    for epoch in range(20):
+        list(loader.epoch(epoch))
+        sizes.append(memory())
+    # A leak of one batch an epoch would be 20 * 2 * 12 * 96 * 96 * 3 bytes, 13 MB.
+    assert np.median(sizes[-5:]) - np.median(sizes[:5]) < 6e6
+
+
+@pytest.mark.parametrize("kind", ["plain", "native", "dali"])
+def test_a_broken_image_is_an_error_that_names_it(kind: str, make: Any, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "c"
+    target.mkdir()
+    for path in sorted(folder.rglob("*.jpg"))[:6]:
+        (target / path.name).write_bytes(path.read_bytes())
+    source = open_source(DataConfig(source="folder", root=tmp_path, holdout=0), "pretrain")
+    broken = target / "008.jpg"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    loader = make(kind, source, batch_size=6, plan=(View(),))
+    with pytest.raises(DataError, match=r"008\.jpg"):
+        list(loader.epoch(0))
+    assert len(list(loader.crops(0, [torch.arange(4)]))) == 1, "the loader can be used again"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_sees_the_centre_through_the_same_loader(kind: str, files: Source, request: Any) -> None:
+    if kind == "dali":
+        pytest.importorskip("nvidia.dali")
+    source = request.getfixturevalue("packed") if kind == "ffcv" else files
+    config = LoaderConfig(loader=kind, workers=1)
+    batches = list(plain_batches(source, 112, 10, CPU, config))
+    assert [len(positions) for _, positions in batches] == [10, 10, 10, 10, 2]
+    assert torch.cat([positions for _, positions in batches]).tolist() == list(range(42))
+    images = torch.cat([images for images, _ in batches])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (source.mean, source.std))
+    for index in range(42):
+        image = torch.from_numpy(files.images[index]).permute(2, 0, 1)
+        side = min(image.shape[1:])
+        square = T.crop(image, (image.shape[1] - side) // 2, (image.shape[2] - side) // 2, side, side)
+        expected = T.center_crop(T.resize(square, [128], antialias=True), [112, 112])
+        error = ((images[index] * std + mean) * 255 - expected.float()).abs().mean().item()
+        reencoded = kind == "ffcv" and index in (11, 20)
+        assert error < (3 if reencoded else 1), f"image {index}"
+
+
+def test_workers_and_batches_in_flight_change_nothing(make: Any) -> None:
+    one = list(make("native", plan=SIMCLR, workers=1, ahead=1).epoch(0))
+    many = list(make("native", plan=SIMCLR, workers=5, ahead=4).epoch(0))
+    assert all(torch.equal(a[0].views, b[0].views) for a, b in zip(one, many, strict=True))
+
+
+def test_a_consumer_that_is_slow_finds_a_bounded_number_of_batches(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = make("native", batch_size=3, ahead=2)
+    begun = []
+    make_one = loader._make
+    monkeypatch.setattr(loader, "_make", lambda epoch, rows: (begun.append(1), make_one(epoch, rows))[1])
+    steps = loader.epoch(0)
+    next(steps)
+    threading.Event().wait(0.5)
+    assert len(begun) <= 1 + 2
+    steps.close()
+
+
+def test_auto_chooses_by_the_set_and_by_what_is_there(
+    files: Source, packed: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = LoaderConfig()
+    assert choose(files, auto, 48, CPU)[0] == "resident"
+    monkeypatch.setattr("pipelines.choice.free_bytes", lambda device: 1000)
+    assert choose(files, auto, 48, CPU)[0] == "native"
+    assert choose(packed, auto, 48, CPU)[0] == "ffcv"
+    monkeypatch.setattr("pipelines.choice.jpeg_decoder", lambda: None)
+    monkeypatch.setattr("pipelines.choice.why_no_jpeg_decoder", lambda: "there is no C compiler")
+    monkeypatch.setattr("pipelines.choice._installed", lambda name: name == "nvidia.dali")
+    assert choose(files, auto, 48, CPU)[0] == "dali"
+    monkeypatch.setattr("pipelines.choice._installed", lambda name: False)
+    name, reason = choose(packed, auto, 48, CPU)
+    assert name == "plain"
+    assert "there is no C compiler" in reason
+    assert "DALI is not installed" in reason
+
+
+def test_ffcv_refuses_what_is_not_a_beton(files: Source) -> None:
+    with pytest.raises(DataError, match=r"tools\.convert SOURCE DEST --to ffcv"):
+        build_loader(files, CROPS, config=LoaderConfig(loader="ffcv"), size=48, batch_size=4, seed=0, device=CPU)
+
+
+def test_a_set_smaller_than_a_batch_is_refused(make: Any) -> None:
+    with pytest.raises(DataError, match="has 42 training images, fewer than batch_size=43"):
+        make("native", batch_size=43)
+
+
+def test_in_background_keeps_order_and_raises_what_was_raised() -> None:
+    def numbers() -> Iterator[int]:
+        yield from range(5)
+        raise OSError("the disk is gone")
+
+    seen = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        seen.extend(number for number in in_background(numbers(), 2))
+    assert seen == list(range(5))
+    assert all(b - a == 1 for a, b in pairwise(in_background((i for i in range(50)), 1)))
+
+
+def test_in_background_closed_early_ends_its_thread_and_its_iterator() -> None:
+    ended = []
+
+    def endless() -> Iterator[int]:
+        try:
+            while True:
+                yield 0
+        finally:
+            ended.append(threading.current_thread().name)
+
+    before = threading.active_count()
+    items = in_background(endless(), 1)
+    next(items)
+    items.close()
+    assert ended == ["twinstream-loader"]
+    assert threading.active_count() == before
