@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines.batch import ViewBatch
 from pipelines.dali_pipelines import Batch, CropPipeline, DecodeError, Engine, dali
+from pipelines.dali_readers import DaliReader
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError, decode_bytes
 
@@ -52,14 +54,37 @@ class DaliLoader(StreamedLoader):
         self._for_dali = np.zeros(len(self.source), np.int8)  # 1: DALI decodes it, -1: we do, 0: not looked at yet
         self._readers = ThreadPoolExecutor(self.workers, "twinstream-read")
         self._idle: CropPipeline | None = None
+        self._reader = DaliReader(self, self.engine) if self.config.reader == "dali" else None
 
-    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Iterator[Crops]:
+    def crops(self, epoch: int, shares: Iterable[Tensor]) -> Generator[Crops, None, None]:
         with closing(self._batches(epoch, shares)) as batches:
             larger = next(batches, None)
             while larger is not None:
                 larger = yield from self._run(chain([larger], batches), len(larger.indices))
 
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[ViewBatch]]:
+        if self._reader is None:
+            yield from super().epoch(epoch, first_step)
+            return
+        with closing(self.on_device(self._reader.crops(epoch, first_step))) as batches:
+            for crops in batches:
+                self._reader.delivered()
+                yield self._micro_batches(crops, epoch)
+
+    def state(self) -> Tensor | None:
+        return None if self._reader is None else self._reader.state()
+
+    def load_state(self, state: Tensor) -> None:
+        if self._reader is None:
+            raise DataError(
+                "the checkpoint holds the state of another loader's reader (data.reader=dali), but this run has"
+                " data.reader=ours; resume with the settings that it was written with"
+            )
+        self._reader.load_state(state)
+
     def close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
         self._idle = None
         self._readers.shutdown(cancel_futures=True)
 

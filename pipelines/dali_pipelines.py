@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -111,16 +112,13 @@ class CropPipeline:
             raise
         finally:
             self._feed.source = _exhausted
-            if self._pipeline is not None:
-                self._drain()
-
-    def _drain(self) -> None:
-        """Wait for what is in flight, so that the next `run` begins with its own batches."""
-        while not self._pipeline.empty():
-            self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
-        self._pipeline.schedule_run()  # finds the source exhausted, without which `reset` does nothing
-        self._pipeline.reset()
+            # Wait for what is in flight: it reads the memory of `given`, and the next `run` begins with its own.
+            while not pipeline.empty():
+                with suppress(RuntimeError):  # another broken batch
+                    pipeline.outputs()
+            pipeline.release_outputs()
+            pipeline.schedule_run()  # finds the source exhausted, without which `reset` does nothing
+            pipeline.reset()
 
     def _define(self, feed: _Feed) -> Any:
         fn, types = dali().fn, dali().types
