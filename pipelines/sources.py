@@ -24,8 +24,10 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from pipelines.config import LoaderConfig
+from pipelines.packed.files import is_url
+from pipelines.packed.opening import PackedSet, find_packed
 from pipelines.stored import arrays, trees
-from pipelines.stored.common import Fixed, Part, StoredSet, measured_statistics
+from pipelines.stored.common import Fixed, Part, Stored, StoredSet, measured_statistics
 from pipelines.stored.images import ArrayImages, DataError, FileImages, Images, decode
 from pipelines.subsets import round_half_up, stratified_draw
 
@@ -51,6 +53,7 @@ class DataConfig(LoaderConfig):
 
     source: str = "digits"
     root: Path | None = None  # where the data lies or is downloaded to; None: $TWINSTREAM_DATA, else ./data
+    url: str | None = None  # instead of root: a packed set (tools.convert) behind s3://, https:// or what fsspec knows
     download: bool = False  # fetch what is missing, where torchvision can
     # Share of the labelled training part kept for choosing between models; None: 0.1 (of the digits, 240).
     holdout: float | None = Field(default=None, ge=0, lt=1)
@@ -72,6 +75,14 @@ class DataConfig(LoaderConfig):
             nearest = f"the nearest are {', '.join(near)}; " if near else ""
             raise ValueError(f"unknown data source {source!r}; {nearest}there are {', '.join(SETS)}")
         return source
+
+    @model_validator(mode="after")
+    def _one_place(self) -> DataConfig:
+        if self.url is not None and self.root is not None:
+            raise ValueError(f"data.url ({self.url}) and data.root ({self.root}) name two places; set one of them")
+        if self.url is not None and not is_url(self.url):
+            raise ValueError(f"data.url is {self.url!r}, expected protocol://...; for a folder set data.root")
+        return self
 
     @model_validator(mode="after")
     def _class_list_has_a_use(self) -> DataConfig:
@@ -148,17 +159,18 @@ def open_source(config: DataConfig, split: Split) -> Source:
     """
     if split not in get_args(Split):
         raise DataError(f"unknown split {split!r}; there are {', '.join(get_args(Split))}")
-    known = SETS[config.source]
+    known, packed = SETS[config.source], find_packed(config)
     if split == "test":
-        stored = known.read(config, "test")
+        stored = read_part(config, "test", packed)
         rows = np.arange(len(stored.images))
     else:
-        stored = known.read(config, _part(known, split))
+        stored = read_part(config, _part(known, split), packed)
         rows = _rows(config, known, split, stored.labels.numpy())
     # Measured on the whole training part, so that they depend neither on the split nor on the hold-out.
-    measured = known.statistics is None or known.image_size is None
-    train = known.read(config, "train") if split == "test" and measured else stored
-    mean, std = known.statistics or measured_statistics(train.images)
+    told = None if packed is None else packed.manifest.statistics
+    measured = told is None and (known.statistics is None or known.image_size is None)
+    train = read_part(config, "train", packed) if split == "test" and measured else stored
+    mean, std = known.statistics or ((told.mean, told.std) if told else measured_statistics(train.images))
     whole = Source(
         name=config.source,
         split=split,
@@ -166,11 +178,16 @@ def open_source(config: DataConfig, split: Split) -> Source:
         labels=stored.labels,
         ids=torch.arange(len(stored.images)) if stored.ids is None else stored.ids,
         classes=stored.classes,
-        image_size=known.image_size or _side(train.images),
+        image_size=known.image_size or (told.image_size if told else side_of(train.images)),
         mean=mean,
         std=std,
     )
     return whole if len(rows) == len(whole) else whole.select(rows)
+
+
+def read_part(config: DataConfig, part: Part, packed: PackedSet | None = None) -> Stored:
+    """A stored part, whole: from the packed set, if there is one, or as its source keeps it."""
+    return SETS[config.source].read(config, part) if packed is None else packed.read(config, part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,9 +209,9 @@ def describe(config: DataConfig) -> Description:
     Raises:
         DataError: a set that has to be looked at is missing or broken.
     """
-    known = SETS[config.source]
+    known, packed = SETS[config.source], find_packed(config)
     counts: dict[Split, int | None]
-    if known.fixed is not None:
+    if known.fixed is not None and packed is None:
         held = _held_out(config, known, known.fixed.train)
         train = known.fixed.train - held
         limit = config.limit or known.fixed.train + known.fixed.unlabelled
@@ -207,21 +224,22 @@ def describe(config: DataConfig) -> Description:
         return Description(config.source, counts, known.fixed.classes, known.image_size or 0)
 
     counts = {}
-    stored = known.read(config, "train")
-    labels = stored.labels.numpy()
+    stored = read_part(config, "train", packed)
     for split in get_args(Split):
         try:
             if split == "test":
-                counts[split] = len(known.read(config, "test").images)
+                counts[split] = len(read_part(config, "test", packed).images)
             else:
-                counts[split] = len(_rows(config, known, split, labels))
+                part = stored if split != "pretrain" else read_part(config, _part(known, split), packed)
+                counts[split] = len(_rows(config, known, split, part.labels.numpy()))
         except DataError:
             counts[split] = None
-    size = known.image_size or _side(stored.images)
+    told = None if packed is None else packed.manifest.statistics
+    size = known.image_size or (told.image_size if told else side_of(stored.images))
     return Description(config.source, counts, len(stored.classes), size)
 
 
-def _side(images: Images) -> int:
+def side_of(images: Images) -> int:
     """The short side of images that share one size, else 224."""
     return 224 if images.size is None else min(images.size)
 

@@ -29,6 +29,8 @@ class Stored:
     labels: Tensor  # [N] int64, -1 unknown; or [N, C] float32, 1 present, 0 absent, -1 ignored
     classes: tuple[str, ...]
     ids: Tensor | None = None  # [N] int64 stored position, where that is not 0, 1, 2, ...
+    # (path, reason) of files that lie among the images and were not taken for such.
+    left_out: Callable[[], list[tuple[str, str]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)

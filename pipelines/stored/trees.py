@@ -5,12 +5,12 @@ A reader lists the files of a stored part and reads their labels; no image is de
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,16 +55,19 @@ def read_imagenet(config: DataConfig, part: Part, *, subset: int | None = None) 
     root = _find(config.folder, ("", "imagenet"), "train")
     if root is None:
         raise missing(config.source, config.folder, layout, how)
-    wanted = None
-    if subset is not None:
-        wanted = read_class_list(_subset_list(config.folder, root, subset))
-    elif config.class_list is not None:
-        wanted = read_class_list(config.class_list.expanduser())
+    wanted = imagenet_classes(config, root, subset)
     classes = _class_names(root / "train") if wanted is None else wanted
     folder = root / ("val" if part == "test" else "train")
     if not folder.is_dir() or not _class_names(folder):
         raise missing(config.source, folder, "a folder a class (<wnid>/*.JPEG)", how)
     return _class_tree(config.source, folder, layout, classes=classes, all_classes=False)
+
+
+def imagenet_classes(config: DataConfig, root: Path, subset: int | None) -> tuple[str, ...] | None:
+    """The classes of imagenet50/100/200, or of data.class_list; None: all."""
+    if subset is not None:
+        return read_class_list(_subset_list(config.folder, root, subset))
+    return None if config.class_list is None else read_class_list(config.class_list.expanduser())
 
 
 def _subset_list(folder: Path, root: Path, subset: int) -> Path:
@@ -139,7 +142,7 @@ def read_voc07(config: DataConfig, part: Part) -> Stored:
     marker, places = f"ImageSets/Main/{image_set}.txt", ("VOCdevkit/VOC2007", "VOC2007", "")
     root = _find(config.folder, places, marker)
     if root is None and config.download:
-        fetch = functools.partial(VOCDetection, config.folder, year="2007", image_set=image_set, download=True)
+        fetch = partial(VOCDetection, config.folder, year="2007", image_set=image_set, download=True)
         through_torchvision(config, fetch, "voc07", layout, page)
         root = _find(config.folder, places, marker)
     if root is None:
@@ -186,7 +189,7 @@ def _class_tree(
         names = _image_names(folder, "")
         if not names:
             raise missing(name, folder, layout, f"images end in {' '.join(EXTENSIONS)}")
-        return Stored(FileImages(folder, names), torch.full((len(names),), -1), ())
+        return Stored(FileImages(folder, names), torch.full((len(names),), -1), (), left_out=partial(_left_out, folder))
     unknown = sorted(set(present) - set(classes)) if all_classes else []
     if unknown:
         raise DataError(f"{name}: {folder} has class folders that the training images do not have: {_some(unknown)}")
@@ -200,7 +203,8 @@ def _class_tree(
             raise DataError(f"{report}; add images ({' '.join(EXTENSIONS)}) or remove the classes")
         warnings.warn(report, stacklevel=2)  # a test set may lack a class
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in by_class]))
-    return Stored(FileImages(folder, [path for found in by_class for path in found]), labels, tuple(classes))
+    names = [path for found in by_class for path in found]
+    return Stored(FileImages(folder, names), labels, tuple(classes), left_out=partial(_left_out, folder, classes))
 
 
 def _class_names(folder: Path) -> tuple[str, ...]:
@@ -217,6 +221,27 @@ def _image_names(folder: Path, below: str) -> list[str]:
             if name.lower().endswith(EXTENSIONS) and name[0] != ".":
                 found.append(name if prefix == "." else f"{prefix}/{name}")
     return sorted(found)
+
+
+def _left_out(folder: Path, classes: Sequence[str] | None = None) -> list[tuple[str, str]]:
+    """(path, reason) of the files below `folder` that `_class_tree` did not take; other class folders aside."""
+    found = []
+    wanted = None if classes is None else set(classes)
+    for where, folders, files in os.walk(folder, followlinks=True):
+        top = Path(where) == folder
+        if top and wanted is not None:
+            folders[:] = [name for name in folders if name in wanted or name[0] == "."]
+        folders.sort()
+        hidden_folder = any(part[0] == "." for part in Path(where).relative_to(folder).parts)
+        for name in sorted(files):
+            path = os.path.join(where, name)
+            if name[0] == "." or hidden_folder:
+                found.append((path, "hidden"))
+            elif not name.lower().endswith(EXTENSIONS):
+                found.append((path, "not an image by its name"))
+            elif top and wanted is not None:
+                found.append((path, "outside of the class folders"))
+    return found
 
 
 def _find(folder: Path, places: Sequence[str], marker: str) -> Path | None:

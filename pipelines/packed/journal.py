@@ -1,0 +1,124 @@
+"""An unfinished conversion: what it is to become, what of it is done, and who is at it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines.packed.worker import PARTIAL, write_file
+from pipelines.stored.images import DataError
+
+FOLDER = ".conversion"
+_DATA = (".beton", ".tar", ".tfrecord", ".idx", ".npz")
+
+
+class Journal:
+    """The folder `.conversion` in the destination. Locked while in use; gone once the set is complete.
+
+    Args:
+        destination: made if it is not there; otherwise it must be empty, or hold an unfinished conversion.
+        identity: what decides the result (JSON).
+
+    Raises:
+        DataError: the folder holds something else, or a conversion to something else (says the difference), or
+            another process is at it.
+    """
+
+    def __init__(self, destination: Path, identity: dict[str, Any]) -> None:
+        self.destination, self.folder = destination, destination / FOLDER
+        self.entries: list[dict[str, Any]] = []  # one a finished chunk
+        self.settings: dict[str, Any] = {}  # chosen at the start, kept when resumed
+        self._identity = identity
+        destination.mkdir(parents=True, exist_ok=True)
+        others = sorted(path.name for path in destination.iterdir() if path.name != FOLDER)
+        if others and not self.folder.is_dir():
+            raise DataError(
+                f"{destination} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no "
+                "unfinished conversion; give an empty or a new folder"
+            )
+        self.folder.mkdir(exist_ok=True)
+        self._lock = open(self.folder / "lock", "a")  # noqa: SIM115 (held until close)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise DataError(f"another process is converting into {destination}; wait for it or stop it") from error
+        try:
+            self._load()
+        except BaseException:
+            self._lock.close()
+            raise
+
+    @property
+    def worker_lock(self) -> str:
+        return str(self.folder / "workers.lock")
+
+    @property
+    def resumed(self) -> bool:
+        return bool(self.settings)
+
+    def start(self, settings: dict[str, Any]) -> None:
+        """From here on the conversion can be resumed, with these settings."""
+        self.settings = settings
+        plan = {"identity": self._identity, "settings": settings}
+        write_file(str(self.folder / "plan.json"), json.dumps(plan, indent=1).encode())
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """Remember a finished chunk, for good: its data must be on the disk."""
+        with open(self.folder / "journal.jsonl", "ab") as file:
+            file.write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.entries.append(entry)
+
+    def close(self, *, finished: bool = False) -> None:
+        if finished:
+            shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def _load(self) -> None:
+        plan = self.folder / "plan.json"
+        if not plan.is_file():
+            return
+        told = json.loads(plan.read_text())
+        refuse_difference(self.destination, "an unfinished conversion", told["identity"], self._identity)
+        with open(self.worker_lock, "a") as file:  # workers that outlived their parent finish what they are writing
+            fcntl.flock(file, fcntl.LOCK_EX)
+        self.settings = told["settings"]
+        journal = self.folder / "journal.jsonl"
+        if journal.is_file():
+            data = journal.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]  # a kill may leave half a line
+            os.truncate(journal, len(whole))
+            # A chunk that was done twice, because its file was lost, counts as it was done last.
+            entries = [json.loads(line) for line in whole.splitlines()]
+            self.entries = list({(entry["part"], entry["chunk"]): entry for entry in entries}.values())
+        for path in self.destination.iterdir():  # killed while the files got their names
+            if path.suffix in _DATA:
+                path.rename(path.with_name(path.name + PARTIAL))
+
+
+def refuse_difference(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise a DataError that tells how two conversions differ; return where they do not."""
+    there, asked = (json.loads(json.dumps(_flat(settings))) for settings in (there, asked))
+    differences = [
+        f"{key}: {there.get(key)!r} there, {asked.get(key)!r} now"
+        for key in sorted({*there, *asked})
+        if there.get(key) != asked.get(key)
+    ]
+    if differences:
+        raise DataError(
+            f"{folder} holds {what} of another kind ({'; '.join(differences)}); repeat the command that made it, "
+            "give another folder, or remove this one"
+        )
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in settings.items():
+        out |= _flat(value) if isinstance(value, dict) else {key: value}
+    return out

@@ -1,0 +1,102 @@
+"""What a packed set says of itself: `manifest.json`, written last, so that a folder with one is complete."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from pipelines.config import Section
+from pipelines.packed.encode import Format
+from pipelines.packed.files import exists, join, read_whole
+from pipelines.stored.images import DataError
+
+NAME = "manifest.json"
+RGB = tuple[float, float, float]
+
+
+class Shard(Section):
+    """One file of images."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+$")  # in this folder, whatever a stranger writes here
+    samples: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str
+
+
+class Range(Section):
+    """Of the sides of the stored images, pixels."""
+
+    min: int
+    median: float
+    max: int
+
+
+class Part(Section):
+    """The training images (with the unlabelled ones, where a set has them), or the test images."""
+
+    count: int = Field(ge=1)
+    skipped: int = Field(ge=0)  # images of the source that could not be packed; skipped.jsonl names them
+    shards: tuple[Shard, ...]
+    height: Range
+    width: Range
+    kept: int  # JPEGs stored as they were
+    encoded: int  # encoded anew
+    raw: int  # stored without loss
+    mean: RGB  # of the stored pixels, in [0, 1], every image alike
+    std: RGB
+    class_counts: tuple[int, ...] | None  # of the source, the skipped ones included; None: multi-label or no classes
+
+
+class Statistics(Section):
+    """What the source measured of itself where no paper says: the same after packing."""
+
+    mean: RGB
+    std: RGB
+    image_size: int
+
+
+class Manifest(Section):
+    """All that is known of a packed set besides its images."""
+
+    format: Literal["twinstream-packed"] = "twinstream-packed"
+    version: Literal[1] = 1
+    source: str
+    classes: tuple[str, ...]
+    options: dict[str, Any]
+    fingerprint: str  # of the source's labels, names and sizes
+    statistics: Statistics | None
+    parts: dict[Literal["train", "test"], Part]
+
+    @property
+    def to(self) -> Format:
+        return self.options["to"]
+
+    def dumps(self) -> str:
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+def read_manifest(folder: str) -> Manifest | None:
+    """The manifest of a packed folder (a path or URL); None where `folder` is not one.
+
+    Raises:
+        DataError: there is one, and it is damaged.
+    """
+    place = join(folder, NAME)
+    if not exists(place):
+        return None
+    data = read_whole(place)
+    if b'"twinstream-packed"' not in data:
+        return None  # somebody else's file, in a folder of images
+    try:
+        manifest = Manifest.model_validate_json(data)
+        if manifest.options.get("to") not in ("ffcv", "webdataset", "tfrecord"):
+            raise ValueError(f"packed as {manifest.options.get('to')!r}")
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DataError(f"{place}: {where}: {first['msg']}; convert the set again") from error
+    except ValueError as error:
+        raise DataError(f"{place}: not a manifest that this version reads: {error}; convert the set again") from error
+    return manifest
