@@ -69,7 +69,9 @@ def _compile(
                 break
         else:
             lines = done.stderr.splitlines() or ["no message"]
-            raise CannotCompileError(f"{compiler[0]} failed: {next((x for x in lines if 'error:' in x or 'cannot find' in x), lines[0])}")
+            raise CannotCompileError(
+                f"{compiler[0]} failed: {next((x for x in lines if 'error:' in x or 'cannot find' in x), lines[0])}"
+            )
         code = made.read_bytes()
         made.write_bytes(code + _seal(code))
         # Loaded under its own name: the loader would answer with the old library for that of the target.

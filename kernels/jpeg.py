@@ -186,9 +186,9 @@ def _check(boxes: np.ndarray, out: np.ndarray, sizes: np.ndarray, count: int, be
     if not 0 <= begin <= end <= count:
         raise ValueError(f"begin and end: expected 0 <= begin <= end <= {count}, got {begin} and {end}")
     chosen = boxes[:, begin:end]
-    if chosen.size and (chosen[..., 2:].min() < 1 or np.abs(chosen).max() > 2**30):
+    if chosen.size and (chosen[..., 2:].min() < 1 or chosen.max() > 2**30 or chosen.min() < -(2**30)):
         raise ValueError(
-            "boxes: expected (top, left, height, width) with heights and widths from 1 and none above 2^30"
+            "boxes: expected (top, left, height, width) with heights and widths from 1, nothing beyond 2^30"
         )
 
 
