@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Generator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ Place = tuple[int, int]  # epoch, and the step of it that comes next
 class DaliReader:
     """The batches of one rank, as DALI's reader for the kind of source gives them.
 
-    Each epoch every image comes exactly once, over all ranks. Its ranks get ceil(images / batch_size) batches each;
-    the last is filled up with repetitions of the rank's last image. With `last: drop` that batch is thrown away, and
-    what it held is not seen in this epoch; with `last: pad` it is used, repetitions included.
+    In an epoch DALI shows every image once, over all ranks, in ceil(images / batch_size) batches a rank. Where images
+    are left over by whole batches, the last batch is filled up with repetitions of the rank's last image. `last: drop`
+    throws that batch away, so what it held is not seen in this epoch; `last: pad` uses it, repetitions and all.
+    `order` has no effect, and pixels are as DALI decodes them: CMYK or transparency may look otherwise than elsewhere.
 
     Raises:
         DataError: a source, split or view that DALI's readers cannot serve; `data.reader=ours` can.
@@ -76,7 +78,7 @@ class DaliReader:
     def state(self) -> Tensor:
         """[n] uint8: what `load_state` needs."""
         (epoch, step), checkpoint = self._start
-        header = json.dumps({"epoch": epoch, "step": step, "facts": self._facts()}).encode()
+        header = json.dumps({"epoch": epoch, "step": step, "facts": self._facts}).encode()
         whole = len(header).to_bytes(8, "little") + header + (checkpoint or b"")
         return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
 
@@ -93,7 +95,7 @@ class DaliReader:
             place, facts = (int(header["epoch"]), int(header["step"])), dict(header["facts"])
         except (ValueError, KeyError, TypeError) as error:
             raise DataError("this is no state of data.reader=dali; it was written by another loader") from error
-        own = self._facts()
+        own = self._facts
         different = [key for key in sorted(own.keys() | facts.keys()) if own.get(key) != facts.get(key)]
         if different:
             told = ", ".join(f"{key} {facts.get(key)} (now {own.get(key)})" for key in different)
@@ -170,7 +172,13 @@ class DaliReader:
             checkpoint=checkpoint,
             **self.engine.settings(),
         )
-        built.build()
+        try:
+            built.build()
+        except RuntimeError as error:
+            raise DataError(
+                f"DALI cannot read {loader.source.name}/{loader.source.split}: {error}; {OURS_CAN}, or convert the set"
+                " again (python -m tools.convert)"
+            ) from error
         held = built.epoch_size(READER)
         if held != loader.order.images:
             raise DataError(
@@ -190,6 +198,7 @@ class DaliReader:
             )
         return torch.from_numpy(positions)
 
+    @cached_property
     def _facts(self) -> dict[str, Any]:
         """What DALI's state depends on, though it does not hold it."""
         loader = self.loader
