@@ -25,14 +25,15 @@ from pipelines.dali_readers import DaliReader
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError, decode_bytes
 
-_TOGETHER = 16  # files that one thread reads before another batch's come
+_TOGETHER = 16  # images that a thread reads at a time
 
 
 class DaliLoader(StreamedLoader):
     """`StreamedLoader` with DALI's decoder, crop and resize on `config.workers` threads, or on the GPU.
 
     An upright gray or RGB JPEG is decoded by DALI (`config.decode`). Anything else (PNG, CMYK, what EXIF turns, ...)
-    is decoded as everywhere in this project, by `pipelines.stored.images.decode_bytes`, and only cut by DALI.
+    is decoded as everywhere in this project, by `pipelines.stored.images.decode_bytes`, and only cut by DALI. The
+    crops of a batch are a tensor of their own, which stays as it is for as long as it is kept.
 
     Raises:
         DataError: DALI is not installed, or `decode: mixed` without a GPU; later on, an image that cannot be decoded.

@@ -53,7 +53,7 @@ class Engine:
         """The V outputs of one batch as one tensor [V, n, S, S, 3] of its own.
 
         This is the only copy of crops. DALI's own memory could be lent to torch without one, but as V tensors, which
-        have to become one for the photometric kernel, and in pinned memory for a GPU.
+        have to become one for the photometric kernel, and lie in pinned memory on their way to a GPU.
         """
         views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         if self.mixed:
@@ -67,9 +67,9 @@ class Engine:
 class CropPipeline:
     """Each image is decoded once and cut into V crops of size x size, resized with DALI's antialiased triangle.
 
-    A crop is cut out before it is resized: a resize with a region of interest is faster (150 instead of 130 images a
-    second of a core), but it mixes in pixels from outside the box, and knows no black around the image. What is left
-    of a difference to `kernels.crop_resize` is the outermost row or column, where DALI repeats the last pixel.
+    A crop is cut out before it is resized. A resize with a region of interest would save that copy, but it mixes in
+    pixels from outside the box, and knows no black around the image. What is left of a difference to
+    `kernels.crop_resize` is the outermost row or column, where DALI repeats the last pixel.
     """
 
     def __init__(self, engine: Engine, views: int, size: int, max_batch: int) -> None:
@@ -188,6 +188,6 @@ def _exhausted() -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class _Feed:
-    """What a pipeline's external source asks; without a way back to the pipeline, which is freed at once so."""
+    """What a pipeline's external source asks. It knows no pipeline: a cycle would keep one's threads alive."""
 
     source: Callable[[], tuple[Any, ...]] = _exhausted

@@ -179,7 +179,7 @@ class DaliReader:
                 f"DALI cannot read {loader.source.name}/{loader.source.split}: {error}; {OURS_CAN}, or convert the set"
                 " again (python -m tools.convert)"
             ) from error
-        held = built.epoch_size(READER)
+        held = built.reader_meta(READER)["epoch_size"]
         if held != loader.order.images:
             raise DataError(
                 f"{loader.source.name}/{loader.source.split} has {loader.order.images:,} images, but its shards hold"
