@@ -15,6 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 _OPTIONS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-shared", "-fPIC")
+# Best first; a compiler may know neither the processor nor the width.
+_TUNINGS = (("-march=native", "-mprefer-vector-width=512"), ("-march=native",), ())
+
+Works = Callable[[ctypes.CDLL], str | None]
 
 
 class CannotCompileError(Exception):
@@ -40,7 +44,7 @@ def c_library(source: Path, *, depends: Sequence[Path], libraries: Sequence[str]
     compiler = _compiler()
     options = [*_OPTIONS, *_environment_options()]
     key = hashlib.blake2b(digest_size=12)
-    for part in (*compiler, _run([*compiler, "--version"]).stdout, *options, *libraries, _processor()):
+    for part in (*compiler, _run([*compiler, "--version"]).stdout, *options, str(_TUNINGS), *libraries, _processor()):
         key.update(part.encode() + b"\0")
     for file in (source, *depends):
         key.update(file.read_bytes())
@@ -52,9 +56,6 @@ def c_library(source: Path, *, depends: Sequence[Path], libraries: Sequence[str]
     return _load(target, works) or _compile(compiler, options, source, libraries, works, target)
 
 
-Works = Callable[[ctypes.CDLL], str | None]
-
-
 def _compile(
     compiler: list[str], options: list[str], source: Path, libraries: Sequence[str], works: Works, target: Path
 ) -> ctypes.CDLL:
@@ -63,8 +64,8 @@ def _compile(
     made = Path(name)
     try:
         linked = [f"-l{library}" for library in libraries]
-        for tuned in (["-march=native"], []):  # some compilers know no such processor
-            done = _run([*compiler, *options, *tuned, str(source), *linked, "-o", name])
+        for tuning in _TUNINGS:
+            done = _run([*compiler, *options, *tuning, str(source), *linked, "-o", name])
             if done.returncode == 0:
                 break
         else:
