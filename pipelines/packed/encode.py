@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,14 +126,15 @@ def decode_checked(data: bytes | np.ndarray) -> tuple[Header, np.ndarray]:
 
 def read_header(data: bytes | np.ndarray) -> Header:
     try:
-        with Image.open(io.BytesIO(bytes(data))) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # callers compare sizes themselves
+            image = Image.open(io.BytesIO(bytes(data)))
+        with image:
             width, height = image.size
             # Looking for EXIF behind the pixels would decode a PNG whole.
             told = image.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info)
-            orientation = int(image.getexif().get(0x0112) or 1) if told else 1
-            return Header(
-                str(image.format), image.mode, height, width, orientation if orientation in range(1, 9) else 1
-            )
+            turn = int(image.getexif().get(0x0112) or 1) if told else 1
+            return Header(str(image.format), image.mode, height, width, turn if turn in range(1, 9) else 1)
     except Exception as error:  # Pillow's plugins raise whatever comes
         raise BadImage(_reason(error)) from error
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from pipelines.packed.encode import BadImage, decode_checked
-from pipelines.packed.files import StoredFile, find_file, is_url, join, read_at, read_whole
+from pipelines.packed.files import StoredFile, exists, find_file, is_url, join, read_at, read_whole
 from pipelines.packed.images import BetonImages, PackedImages
+from pipelines.packed.journal import FOLDER
 from pipelines.packed.manifest import Manifest, Part, read_manifest
 from pipelines.packed.opening import open_images
 from pipelines.packed.pool import Channel, run_tasks
@@ -56,6 +57,8 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
         return [one]
     manifest = read_manifest(place)
     if manifest is None:
+        if exists(join(place, f"{FOLDER}/plan.json")):
+            raise DataError(f"{place}: the conversion is not finished; the command that began it goes on with it")
         raise DataError(
             f"{place}: no manifest.json of a finished conversion, and not a .beton, .tar or .tfrecord file; "
             "name one of these"

@@ -1,0 +1,436 @@
+"""`python -m tools.convert`: odd and broken files, stops and resumes, refusals, and what --verify finds."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from typer.testing import CliRunner, Result
+
+from kernels.jpeg import jpeg_decoder
+from pipelines.packed import conversion, finishing
+from pipelines.packed.beton import HEADER
+from pipelines.packed.journal import Journal
+from pipelines.sources import DataConfig, open_source
+from tests.pipelines.packing import pack, photo, photo_tree
+from tests.pipelines.stored_sets import noise
+from tools.convert import app
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--workers", 0)])
+
+
+def opened(root: Path) -> Any:
+    return open_source(DataConfig(source="folder", root=root, holdout=0.0), "train").images
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    photo_tree(tmp_path / "tree", {"a": 5, "b": 4})
+    return tmp_path / "tree"
+
+
+@pytest.fixture
+def packed(tree: Path, tmp_path: Path) -> Path:
+    pack(DataConfig(source="folder", root=tree), tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+# ---- odd files ------------------------------------------------------------------------------------------
+
+
+def odd_files(folder: Path) -> None:
+    """Files that are images, if not as one expects."""
+    folder.mkdir(parents=True)
+    picture = photo(40, 50)
+    picture.convert("L").save(folder / "gray.jpg")
+    picture.save(folder / "progressive.jpg", progressive=True)
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    picture.convert("P").save(folder / "palette.png")
+    picture.save(folder / "really_png.png")
+    (folder / "really_png.png").rename(folder / "really_png.jpg")
+    Image.fromarray(noise(40, 50).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(folder / "turned.jpg", exif=exif)
+    photo(600, 300).save(folder / "large.jpg")
+
+
+def bad_files(folder: Path) -> dict[str, str]:
+    """Files that are no images any more -> the reason that is given."""
+    folder.mkdir(parents=True)
+    file = io.BytesIO()
+    photo(200, 200).save(file, format="JPEG", quality=95)
+    whole = file.getvalue()
+    (folder / "truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "garbage.jpg").write_bytes(noise(3_000).tobytes())
+    Image.new("1", (12_000, 12_000)).save(folder / "bomb.png")
+    (folder / "dangling.jpg").symlink_to(folder / "nowhere.jpg")
+    reasons = {
+        "truncated.jpg": r"[Tt]runcated|[Pp]remature end",
+        "empty.jpg": "the file is empty",
+        "garbage.jpg": "not an image that Pillow knows",
+        "bomb.png": r"12,000 x 12,000 pixels are more than Pillow's limit",
+        "dangling.jpg": "No such file",
+    }
+    if jpeg_decoder() is not None:  # Pillow shows gray for what is missing here
+        scan = whole.index(b"\xff\xda") + 14
+        middle = (scan + len(whole)) // 2
+        (folder / "corrupt.jpg").write_bytes(whole[:middle] + b"\xff\xd9" + whole[middle + 2 :])
+        reasons["corrupt.jpg"] = r"[Cc]orrupt|[Pp]remature"
+    return reasons
+
+
+def test_odd_files_become_what_pillow_shows(tmp_path: Path) -> None:
+    odd_files(tmp_path / "tree" / "odd")
+    assert run(tmp_path / "tree", tmp_path / "raw", "--to", "ffcv", "--write-mode", "raw").exit_code == 0
+    assert run(tmp_path / "tree", tmp_path / "jpg", "--to", "ffcv").exit_code == 0
+    names = sorted(path.name for path in (tmp_path / "tree" / "odd").iterdir())
+    kept = []
+    for row, name in enumerate(names):
+        path = tmp_path / "tree" / "odd" / name
+        with Image.open(path) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            if name == "sixteen.png":
+                expected = np.repeat((np.asarray(image) // 257).astype(np.uint8)[..., None], 3, axis=2)
+            elif name == "large.jpg":
+                expected = np.asarray(image.resize((250, 500), Image.Resampling.BICUBIC))
+        assert np.array_equal(opened(tmp_path / "raw")[row], expected), name
+        stored = bytes(opened(tmp_path / "jpg").read(row))
+        assert opened(tmp_path / "jpg")[row].shape == expected.shape
+        with Image.open(io.BytesIO(stored)) as image:
+            assert (image.format, image.getexif().get(0x0112, 1)) == ("JPEG", 1)
+        if stored == path.read_bytes():
+            kept.append(name)
+    assert kept == ["gray.jpg", "progressive.jpg"]
+    assert run(tmp_path / "jpg", "--verify").exit_code == 0
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("to", ["ffcv", "webdataset", "tfrecord"])
+def test_bad_files_are_left_out_and_named(to: str, skip: bool, tree: Path, tmp_path: Path) -> None:
+    reasons = bad_files(tree / "c")
+    photo(20, 20).save(tree / "c" / "good.jpg")
+    (tree / "c" / "notes.txt").write_text("not an image")
+    (tree / "c" / ".hidden.jpg").write_bytes(b"")
+    (tree / "loose.jpg").write_bytes((tree / "c" / "good.jpg").read_bytes())
+    result = run(tree, tmp_path / "packed", "--to", to, *(["--skip-bad"] if skip else []))
+    assert result.exit_code == (0 if skip else 1), result.output
+    assert f"{len(reasons)} images could not be converted" in result.output
+    lines = [json.loads(line) for line in (tmp_path / "packed" / "skipped.jsonl").read_text().splitlines()]
+    told = {Path(line["file"]).name: line for line in lines}
+    assert len(told) == len(lines) == len(reasons) + 3
+    for name, reason in reasons.items():
+        assert told[name]["file"] == str(tree / "c" / name)
+        assert re.search(reason, told[name]["reason"]), told[name]
+        assert told[name]["part"] == "train"
+    listed = sorted(path.name for path in (tree / "c").iterdir() if path.suffix != ".txt" and path.name[0] != ".")
+    assert {name: told[name]["index"] - 9 for name in reasons} == {name: listed.index(name) for name in reasons}
+    assert told["notes.txt"]["reason"] == "not an image by its name"
+    assert told[".hidden.jpg"]["reason"] == "hidden"
+    assert told["loose.jpg"]["reason"] == "outside of the class folders"
+    images = opened(tmp_path / "packed")
+    assert len(images) == 10
+    assert images[9].shape == (20, 20, 3)
+    assert run(tmp_path / "packed", "--verify").exit_code == 0
+
+
+def test_nothing_good_is_an_error(tmp_path: Path) -> None:
+    bad_files(tmp_path / "tree" / "c")
+    result = run(tmp_path / "tree", tmp_path / "packed", "--to", "ffcv")
+    assert result.exit_code == 2
+    assert "train images can be packed; the first: " in result.output
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+
+
+# ---- stops and resumes ----------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from pipelines.packed.conversion import convert
+from pipelines.packed.encode import Options
+from pipelines.packed.gathering import gather
+from pipelines.sources import DataConfig
+done = 0
+def progress(images):
+    global done
+    done += images
+    if done >= 200:
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    source, _ = gather(DataConfig(source="folder", root=sys.argv[1]), None)
+    convert(source, Path(sys.argv[2]), Options(to=sys.argv[3], shard_mb=1), workers=2, progress=progress)
+"""
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many")
+    (folder / "a").mkdir()
+    for place in range(300):
+        Image.fromarray(noise(64, 64, 3, seed=place)).save(folder / "a" / f"{place:03d}.jpg", quality=95)
+    return folder
+
+
+@pytest.mark.parametrize("to", ["ffcv", "webdataset"])
+def test_a_killed_conversion_goes_on(to: str, many: Path, tmp_path: Path) -> None:
+    stopped, undisturbed = tmp_path / "stopped", tmp_path / "undisturbed"
+    killed = subprocess.run([sys.executable, "-c", KILLED, many, stopped, to], capture_output=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.suffix for path in stopped.iterdir()} <= {".partial", ""}
+    done = len((stopped / ".conversion" / "journal.jsonl").read_text().splitlines())
+    assert done >= 1
+    assert "not finished" in run(stopped, "--verify").output
+
+    other = run(many, stopped, "--to", to, "--shard-mb", 1, "--quality", 80)
+    assert other.exit_code == 2
+    assert "an unfinished conversion of another kind (quality: 90 there, 80 now)" in other.output
+
+    again = run(many, stopped, "--to", to, "--shard-mb", 1)
+    assert again.exit_code == 0, again.output
+    assert "written earlier" in again.output
+    assert run(many, undisturbed, "--to", to, "--shard-mb", 1).exit_code == 0
+    ours, theirs = opened(stopped), opened(undisturbed)
+    for name in ("index", "label", "height", "width", "shard", "length", "raw"):
+        assert np.array_equal(getattr(ours.table, name), getattr(theirs.table, name))
+    assert all(bytes(ours.read(row)) == bytes(theirs.read(row)) for row in range(300))
+    names = sorted(path.name for path in undisturbed.iterdir())
+    assert sorted(path.name for path in stopped.iterdir()) == names
+    for name in names:
+        if to != "ffcv":  # a .beton's chunks lie in the order in which they came
+            assert (stopped / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert run(stopped, "--verify").exit_code == 0
+    assert "already done" in run(many, stopped, "--to", to, "--shard-mb", 1).output
+    refused = run(many, stopped, "--to", to, "--shard-mb", 1, "--max-side", 32)
+    assert refused.exit_code == 2
+    assert "a finished conversion of another kind (max_side: 500 there, 32 now)" in refused.output
+
+
+@pytest.mark.parametrize("stage", ["index", "names", "manifest"])
+@pytest.mark.parametrize("to", ["ffcv", "tfrecord"])
+def test_a_stop_at_the_end_leaves_nothing_that_looks_finished(
+    stage: str, to: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    write_file = finishing.write_file
+    with monkeypatch.context() as patched:
+        if stage == "manifest":
+            patched.setattr(
+                finishing, "write_file", lambda path, data: stop() if "manifest" in path else write_file(path, data)
+            )
+        elif stage == "names":
+            patched.setattr(finishing, "_sync_folder", stop)
+        else:
+            patched.setattr(finishing, "finish" if to == "ffcv" else "write_index", stop)
+        result = run(tree, tmp_path / "packed", "--to", to)
+    assert result.exit_code == 130
+    assert "the same command continues" in result.output
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+    assert (tmp_path / "packed" / ".conversion" / "plan.json").exists()
+    assert run(tree, tmp_path / "packed", "--to", to).exit_code == 0
+    assert run(tree, tmp_path / "fresh", "--to", to).exit_code == 0
+    for path in (tmp_path / "fresh").iterdir():
+        assert path.read_bytes() == (tmp_path / "packed" / path.name).read_bytes()
+    assert len(list((tmp_path / "packed").iterdir())) == len(list((tmp_path / "fresh").iterdir()))
+
+
+def test_lost_files_are_written_again(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for to in ("ffcv", "webdataset"):
+        with monkeypatch.context() as patched:
+            patched.setattr(conversion, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert run(tree, tmp_path / to, "--to", to).exit_code == 130
+        next((tmp_path / to).glob("train*.partial")).unlink()
+        assert run(tree, tmp_path / to, "--to", to, "--verify").exit_code == 0
+
+
+def test_a_source_that_changed_is_not_resumed(tree: Path, packed: Path) -> None:
+    photo(10, 10, 99).save(tree / "a" / "more.jpg")
+    result = run(tree, packed, "--to", "ffcv")
+    assert result.exit_code == 2
+    assert "fingerprint" in result.output
+    assert "train: 9 there, 10 now" in result.output
+
+
+# ---- refusals -------------------------------------------------------------------------------------------
+
+
+def test_commands_that_make_no_sense_are_refused(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("x")
+    for arguments, message in (
+        ((tree,), "name the folder to fill"),
+        ((tree, tmp_path / "out"), "say what to convert to"),
+        ((tree, tmp_path / "full", "--to", "ffcv"), "is not empty (thesis.tex)"),
+        ((tree, tmp_path / "out", "--to", "tfrecord", "--write-mode", "proportion"), "is for --to ffcv"),
+        ((tree, tmp_path / "out", "--to", "ffcv", "--shuffle", 1), "--shuffle is for shards"),
+        ((tree, tmp_path / "out", "--to", "tfrecord", "--shuffle", "yes"), "expected none, or a seed"),
+        ((tree, tmp_path / "out", "--to", "ffcv", "--parts", "val"), "expected train, test"),
+        ((tree, tmp_path / "out", "--to", "ffcv", "--parts", "test"), "has no test images"),
+        ((tree, tmp_path / "out", "--to", "ffcv", "--root", tree), "--root is for a source given by name"),
+        ((tree, tmp_path / "out", "data.limit=3", "--to", "ffcv"), "set in its recipe"),
+        (("cifar11", tmp_path / "out", "--to", "ffcv"), "neither a folder nor a data source"),
+        (("memory://no", tmp_path / "out", "--to", "ffcv"), "no packed set there"),
+        ((tree, "--verify"), "no manifest.json of a finished conversion"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2, result.output
+        assert message in " ".join(result.output.split()), result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_fit_is_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000))
+    result = run(tree, tmp_path / "packed", "--to", "ffcv")
+    assert result.exit_code == 2
+    assert "GB are free at" in result.output
+    assert not list((tmp_path / "packed").glob("*.partial"))
+
+
+def test_one_conversion_at_a_time(tree: Path, tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "packed", {})
+    result = run(tree, tmp_path / "packed", "--to", "ffcv")
+    assert "another process is converting" in result.output
+    journal.close()
+
+
+def test_shards_are_shuffled_by_their_seed(tree: Path, tmp_path: Path) -> None:
+    order = {}
+    for shuffle in ("0", "1", "none"):
+        run(tree, tmp_path / shuffle, "--to", "webdataset", "--shuffle", shuffle)
+        order[shuffle] = np.argsort(opened(tmp_path / shuffle).addresses).tolist()
+    assert order["none"] == list(range(9))
+    assert order["0"] == np.random.RandomState(0).permutation(9).tolist()
+    assert order["1"] == np.random.RandomState(1).permutation(9).tolist()
+
+
+# ---- verify ---------------------------------------------------------------------------------------------
+
+
+def flip(at: Callable[[bytes], int]) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        place = at(data)
+        return data[:place] + bytes([data[place] ^ 0x55]) + data[place + 1 :]
+
+    return change
+
+
+def header(**values: int) -> Callable[[bytes], bytes]:
+    def change(data: bytes) -> bytes:
+        told = np.frombuffer(data[: HEADER.itemsize], HEADER).copy()
+        for name, value in values.items():
+            told[name] = value
+        return told.tobytes() + data[HEADER.itemsize :]
+
+    return change
+
+
+def early_end(data: bytes) -> bytes:
+    """An end-of-image mark in the middle of the first scan."""
+    place = data.index(b"\xff\xda") + 200
+    return data[:place] + b"\xff\xd9" + data[place + 2 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip(lambda data: data.index(b"\xff\xda") + 100), "its SHA-256 is not the manifest's"),
+        (early_end, "SHA-256"),
+        (lambda data: data[:-24], "by the manifest; it was cut off or replaced"),
+        (header(version=9), "starts with version 9"),
+        (header(samples=2**60), "tells 1,152,921,504,606,846,976 samples"),
+        (header(fields=60_000), "tells 60000 fields"),
+    ],
+)
+def test_verify_finds_damage_in_a_beton(change: Callable[[bytes], bytes], message: str, packed: Path) -> None:
+    assert run(packed, "--verify").exit_code == 0
+    path = packed / "train.beton"
+    path.write_bytes(change(path.read_bytes()))
+    result = run(packed, "--verify")
+    assert result.exit_code == 1
+    assert message in result.output
+
+
+def test_verify_of_a_single_file(packed: Path, tree: Path, tmp_path: Path) -> None:
+    """Of any writer: without a manifest there are no checksums, and the images have to speak for themselves."""
+    path = packed / "train.beton"
+    whole = path.read_bytes()
+    assert run(path, "--verify").exit_code == 0
+    cases: list[tuple[bytes, str]] = [(whole[:-24], "has 8 allocations instead of 9"), (b"", "too few for a header")]
+    if jpeg_decoder() is not None:
+        cases.append((early_end(whole), "image 0 in "))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo(30, 70).save(file, format="JPEG", exif=exif, quality=20)
+    place, first = whole.index(b"\xff\xd8"), len((tree / "a" / "0.jpg").read_bytes())
+    lying = file.getvalue()
+    assert len(lying) <= first
+    cases.append((whole[:place] + lying + bytes(first - len(lying)) + whole[place + first :], "pixels, and 30 x 70"))
+    for data, message in cases:
+        path.write_bytes(data)
+        result = run(path, "--verify")
+        assert result.exit_code == 1
+        assert message in result.output
+    for to, ending in (("webdataset", "tar"), ("tfrecord", "tfrecord")):
+        pack(DataConfig(source="folder", root=tree), tmp_path / to, to=to)
+        shard = tmp_path / to / f"train-00000.{ending}"
+        assert run(shard, "--verify").exit_code == 0
+        shard.write_bytes(shard.read_bytes()[:-1_100])
+        result = run(shard, "--verify")
+        assert result.exit_code == 1
+        assert "cut off" in result.output
+    assert run(tmp_path / "nothing.tar", "--verify").exit_code == 2
+
+
+@pytest.mark.parametrize("to", ["webdataset", "tfrecord"])
+def test_verify_finds_damage_in_shards(to: str, tree: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "packed"
+    pack(DataConfig(source="folder", root=tree), folder, to=to)
+    index, beside = folder / "train.index.npz", folder / "train-00000.idx"
+    shard = folder / f"train-00000.{'tar' if to == 'webdataset' else 'tfrecord'}"
+    arrays = dict(np.load(index))
+    for path, data, message in (
+        (shard, shard.read_bytes()[:-1], "it was cut off or replaced"),
+        (shard, flip(lambda data: len(data) // 2)(shard.read_bytes()), "SHA-256"),
+        (beside, beside.read_bytes()[:-3] + b"9\n", "not an index of"),
+        (index, {**arrays, "label": arrays["label"][::-1]}, "label is not what the shards hold"),
+        (index, {**arrays, "height": arrays["height"] + 1}, "by the table"),
+    ):
+        assert run(folder, "--verify").exit_code == 0
+        before = path.read_bytes()
+        if isinstance(data, dict):
+            np.savez(path, **data)
+        else:
+            path.write_bytes(data)
+        result = run(folder, "--verify")
+        assert result.exit_code == 1
+        assert message in result.output, result.output
+        path.write_bytes(before)
+
+
+def test_verify_lists_the_first_twenty(many: Path, tmp_path: Path) -> None:
+    pack(DataConfig(source="folder", root=many), tmp_path / "packed", to="tfrecord")
+    index = tmp_path / "packed" / "train.index.npz"
+    arrays = dict(np.load(index))
+    np.savez(index, **{**arrays, "width": arrays["width"] + (np.arange(300) < 50)})
+    result = run(tmp_path / "packed", "--verify")
+    assert result.exit_code == 1
+    assert result.output.count("by the table") == 20
+    assert "and 30 more" in result.output
