@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.packed.encode import BadImage, decode_checked
+from pipelines.packed.checking import check_images
 from pipelines.packed.files import StoredFile, exists, find_file, is_url, join, read_at, read_whole
 from pipelines.packed.images import BetonImages, PackedImages
 from pipelines.packed.journal import FOLDER
 from pipelines.packed.manifest import Manifest, Part, read_manifest
 from pipelines.packed.opening import open_images
-from pipelines.packed.pool import Channel, run_tasks
+from pipelines.packed.pool import run_tasks
 from pipelines.packed.scanning import scan_shards
 from pipelines.packed.table import DTYPES
 from pipelines.packed.worker import dali_index_path
@@ -95,33 +95,6 @@ def _check(one: Verified, opened: Callable[[], PackedImages], workers: int, prog
     for found in run_tasks(tasks, check_images, workers, progress=progress):
         defects += found
     one.defects += [defect for _, defect in sorted(defects)]
-
-
-def check_images(images: PackedImages, channel: Channel) -> list[tuple[int, str]]:
-    """(position, defect) of each image that is not what the table says, or does not decode without complaint."""
-    defects = []
-    for row in range(len(images)):
-        try:
-            wrong = _wrong(images, row)
-        except (BadImage, DataError) as error:
-            wrong = str(error)
-        if wrong is not None:
-            defects.append((int(images.table.index[row]), f"{images.where(row)}: {wrong}"))
-    channel.progress(len(images))
-    return defects
-
-
-def _wrong(images: PackedImages, row: int) -> str | None:
-    stored = images.read(row)
-    if isinstance(stored, np.ndarray) and stored.ndim == 3:
-        return None  # its length was compared with its height and width
-    header, pixels = decode_checked(stored)
-    height, width = int(images.table.height[row]), int(images.table.width[row])
-    if pixels.shape[:2] != (height, width):
-        return f"has {pixels.shape[0]} x {pixels.shape[1]} pixels, and {height} x {width} by the table"
-    if images.kind == "ffcv" and (not header.plain_jpeg or header.orientation != 1):
-        return f"is a {header.format} in mode {header.mode}, orientation {header.orientation}; FFCV reads upright JPEGs"
-    return None
 
 
 def _check_sums(one: Verified, folder: str, part: Part) -> None:

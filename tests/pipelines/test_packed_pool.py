@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -30,6 +31,19 @@ def sleep(task: int, channel: Channel) -> int:
     channel.progress(1)
     time.sleep(600)
     return task
+
+
+def imported(task: int, channel: Channel) -> list[str]:
+    from kernels.jpeg import jpeg_decoder
+    from pipelines.packed import checking, worker
+
+    assert callable(jpeg_decoder)
+    assert checking.check_images is not worker.pack_chunk
+    return sorted(sys.modules)
+
+
+def test_workers_do_without_torch() -> None:
+    assert "torch" not in next(run_tasks([0], imported, 1))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -169,7 +169,7 @@ done = 0
 def progress(images):
     global done
     done += images
-    if done >= 200:
+    if done >= 250:
         os.kill(os.getpid(), signal.SIGKILL)
 if __name__ == "__main__":
     source, _ = gather(DataConfig(source="folder", root=sys.argv[1]), None)
