@@ -6,6 +6,7 @@ makes a pass whenever a line comes in, and answers with the seconds and the CPU-
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -45,14 +46,14 @@ def ours(store: Path, workers: int, *, loader: str, whole: bool) -> Pass:
     from pipelines.choice import build_loader
 
     torch.set_num_threads(workers)
-    config = LoaderConfig(loader=loader, workers=workers, last="pad")  # type: ignore[arg-type]
+    config = LoaderConfig.model_validate({"loader": loader, "workers": workers, "last": "pad"})
     settings: dict[str, Any] = {"size": SIZE, "batch_size": BATCH, "seed": 0, "device": torch.device("cpu")}
-    made, _ = build_loader(source(store), ViewsConfig(plan="simclr").resolve(), config=config, **settings)
+    made: Any = build_loader(source(store), ViewsConfig(plan="simclr").resolve(), config=config, **settings)[0]
     epochs = iter(range(10**6))
 
     def crops() -> int:
         epoch = next(epochs)
-        return sum(len(batch.indices) for batch in made.crops(epoch, made.order.shares(epoch)))  # type: ignore[attr-defined]
+        return sum(len(batch.indices) for batch in made.crops(epoch, made.order.shares(epoch)))
 
     def views() -> int:
         return sum(len(batch.indices) for batch in chain(*made.epoch(next(epochs))))
@@ -100,7 +101,7 @@ def torchvision(store: Path, workers: int, *, whole: bool) -> Pass:
     loader = torch.utils.data.DataLoader(
         images, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, multiprocessing_context="forkserver"
     )
-    return lambda: sum(len(batch) for batch in loader)
+    return lambda: sum(map(len, loader))
 
 
 # ---- DALI -------------------------------------------------------------------------------------------------
@@ -108,8 +109,8 @@ def torchvision(store: Path, workers: int, *, whole: bool) -> Pass:
 
 def dali(store: Path, workers: int, *, whole: bool) -> Pass:
     """DALI's own reader, one decode, two random crops; `whole`: all of SimCLR's augmentation as well."""
-    from nvidia.dali import fn, pipeline_def, types
-
+    library: Any = importlib.import_module("nvidia.dali")  # its stubs know less than it does
+    fn, types, pipeline_def = library.fn, library.types, library.pipeline_def
     paths = [str(path) for path in sorted(store.rglob("*.JPEG"))]
 
     def colours(image: Any) -> Any:
@@ -185,7 +186,7 @@ def ffcv(store: Path, workers: int) -> Pass:
 def decoding(store: Path, workers: int, *, decode: str) -> Pass:
     """Nothing but whole decodes of JPEGs that are in memory, on as many threads as the loaders have."""
     images = source(store).images
-    stored = [np.frombuffer(images.read(index), np.uint8) for index in range(len(images))]
+    stored = [np.array(np.frombuffer(images.read(index), np.uint8)) for index in range(len(images))]
     one = {"ours": _decode_ours, "torchvision": _decode_torchvision, "ffcv": _decode_ffcv}[decode]()
     pool = ThreadPoolExecutor(workers)
     sizes = np.asarray(images.sizes).tolist()
