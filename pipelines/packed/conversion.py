@@ -94,7 +94,7 @@ def convert(
         DataError: it would not fit on the disk, the destination holds something else, or no image can be packed.
         WorkerError: a worker process failed or died; the same call resumes.
     """
-    fingerprint = source.fingerprint()
+    options, fingerprint = options.settled(), source.fingerprint()
     identity = {
         "source": source.name,
         "options": asdict(options),
@@ -170,12 +170,12 @@ def _drop_lost(journal: Journal, options: Options) -> None:
 
     def whole(entry: dict[str, Any]) -> bool:
         rows, path = entry["rows"], data_path(str(journal.destination), entry["part"], entry["chunk"], options.to)
-        if not rows["index"]:
+        if not len(rows["index"]):
             return True
         size = os.path.getsize(path) if os.path.isfile(path) else -1
         if entry["shard"]:
             return size == entry["shard"]["bytes"] and dali_index_path(Path(path)).is_file()
-        return size >= max(np.add(rows["offset"], rows["length"]))
+        return bool(size >= (rows["offset"] + rows["length"]).max())
 
     journal.entries = [entry for entry in journal.entries if whole(entry)]
 
@@ -188,10 +188,9 @@ def _pack(journal: Journal, source: SetSource, options: Options, workers: int, p
         cursors[part.name] = max(
             [data_start(len(part.index), columns)]
             + [
-                offset + length + behind
+                int((entry["rows"]["offset"] + entry["rows"]["length"]).max()) + behind
                 for entry in journal.entries
-                if entry["part"] == part.name
-                for offset, length in zip(entry["rows"]["offset"], entry["rows"]["length"], strict=True)
+                if entry["part"] == part.name and len(entry["rows"]["index"])
             ]
         )
         if options.to == "ffcv":

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import io
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,6 +34,16 @@ class Options:
     jpeg: Literal["keep", "encode"] = "keep"  # keep: JPEGs that need no change are stored byte for byte
     shard_mb: int = 256  # of tar and TFRecord shards
     shuffle: int | None = 0  # seed of the order inside shards; None, and always for ffcv: as in the source
+
+    def settled(self) -> Options:
+        """With what has no effect set to its default, so that equal results have equal options."""
+        usual, shards, mixed = Options(), self.to != "ffcv", self.write_mode == "proportion"
+        return replace(
+            self,
+            raw_share=self.raw_share if mixed else usual.raw_share,
+            shard_mb=self.shard_mb if shards else usual.shard_mb,
+            shuffle=self.shuffle if shards else None,
+        )
 
     def raw(self, index: int) -> bool:
         """Whether the image at this position is stored without loss; a rerun decides alike."""

@@ -116,7 +116,7 @@ def _table(part: PartSource, entries: list[dict[str, Any]]) -> Table:
     columns: dict[str, list[np.ndarray]] = {name: [np.zeros(0, np.int64)] for name in _COLUMNS}
     for entry in entries:
         for name in _COLUMNS[:-1]:
-            columns[name].append(np.asarray(entry["rows"][name], np.int64))
+            columns[name].append(entry["rows"][name])
         columns["shard"].append(np.full(len(entry["rows"]["index"]), shards))
         shards += entry["shard"] is not None
     joined = {name: np.concatenate(arrays) for name, arrays in columns.items()}

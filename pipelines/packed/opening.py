@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,7 +116,8 @@ def open_images(folder: str, manifest: Manifest, name: str, *, os_cache: bool = 
         DataError: files are missing, of another size than the manifest says, or their tables are damaged.
     """
     part = manifest.parts[name]  # type: ignore[index]
-    files = tuple(find_file(join(folder, shard.name)) for shard in part.shards)
+    with ThreadPoolExecutor(16) as pool:  # behind a URL each is a request
+        files = tuple(pool.map(find_file, (join(folder, shard.name) for shard in part.shards)))
     for file, shard in zip(files, part.shards, strict=True):
         if file.size != shard.bytes:
             raise DataError(

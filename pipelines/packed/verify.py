@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from pipelines.packed.checking import check_images
-from pipelines.packed.files import StoredFile, exists, find_file, is_url, join, read_at, read_whole
+from pipelines.packed.checking import FileCheck, check_file, check_images
+from pipelines.packed.files import StoredFile, exists, find_file, is_url, join
 from pipelines.packed.images import BetonImages, PackedImages
 from pipelines.packed.journal import FOLDER
-from pipelines.packed.manifest import Manifest, Part, read_manifest
+from pipelines.packed.manifest import Manifest, read_manifest
 from pipelines.packed.opening import open_images
 from pipelines.packed.pool import run_tasks
 from pipelines.packed.scanning import scan_shards
-from pipelines.packed.table import DTYPES
-from pipelines.packed.worker import dali_index_path
 from pipelines.stored.images import DataError
 
-_BLOCK = 8 << 20  # bytes hashed at a time
 _TASK = 256  # images a worker checks at a time
 
 
@@ -53,7 +48,7 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
     if kind is not None:
         file = find_file(place)
         one = Verified(os.path.basename(place), files=1, bytes=file.size)
-        _check(one, lambda: _foreign(file, kind), workers, progress)
+        _check_images(one, _opened(one, lambda: _foreign(file, kind)), workers, progress)
         return [one]
     manifest = read_manifest(place)
     if manifest is None:
@@ -66,10 +61,10 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
     found = []
     for name, part in manifest.parts.items():
         one = Verified(name, files=len(part.shards), bytes=sum(shard.bytes for shard in part.shards))
-        _check_sums(one, place, part)
-        _check(one, lambda name=name: open_images(place, manifest, name), workers, progress)  # type: ignore[misc]
-        if manifest.to != "ffcv":
-            _check_index(one, place, manifest, name)
+        images = _opened(one, lambda name=name: open_images(place, manifest, name))  # type: ignore[misc]
+        for defects in run_tasks(_file_checks(place, name, manifest, images), check_file, workers):
+            one.defects += defects
+        _check_images(one, images, workers, progress)
         found.append(one)
     return found
 
@@ -81,14 +76,20 @@ def _foreign(file: StoredFile, kind: str) -> PackedImages:
     return PackedImages((file,), table, kind)
 
 
-def _check(one: Verified, opened: Callable[[], PackedImages], workers: int, progress: Callable[[int], None]) -> None:
-    """Structure, by opening, and then every image."""
+def _opened(one: Verified, open_them: Callable[[], PackedImages]) -> PackedImages | None:
+    """Opening checks the structure."""
     try:
-        images = opened()
+        images = open_them()
     except DataError as error:
         one.defects.append(str(error))
-        return
+        return None
     one.images = len(images)
+    return images
+
+
+def _check_images(one: Verified, images: PackedImages | None, workers: int, progress: Callable[[int], None]) -> None:
+    if images is None:
+        return
     starts = range(0, len(images), _TASK)
     tasks = (images.select(np.arange(start, min(start + _TASK, len(images)))) for start in starts)
     defects: list[tuple[int, str]] = []
@@ -97,39 +98,10 @@ def _check(one: Verified, opened: Callable[[], PackedImages], workers: int, prog
     one.defects += [defect for _, defect in sorted(defects)]
 
 
-def _check_sums(one: Verified, folder: str, part: Part) -> None:
-    for shard in part.shards:
-        place = join(folder, shard.name)
-        try:
-            file, digest = find_file(place), hashlib.sha256()
-            for block in _blocks(file):
-                digest.update(block)
-        except DataError as error:
-            one.defects.append(str(error))
-            continue
-        if digest.hexdigest() != shard.sha256:
-            one.defects.append(f"{place}: its SHA-256 is not the manifest's; the file was changed")
-
-
-def _blocks(file: StoredFile) -> Iterator[bytes]:
-    for start in range(0, file.size, _BLOCK):
-        yield read_at(file, start, min(_BLOCK, file.size - start))
-
-
-def _check_index(one: Verified, folder: str, manifest: Manifest, name: str) -> None:
-    """The index, and DALI's, against what a scan of the shards finds."""
-    if one.defects or is_url(folder):  # a scan behind a URL would be a request for each header
-        return
-    part = manifest.parts[name]  # type: ignore[index]
-    files = tuple(find_file(join(folder, shard.name)) for shard in part.shards)
-    try:
-        there, (found, indices) = open_images(folder, manifest, name).table, scan_shards(files, manifest.to)
-        for key in DTYPES:
-            if not np.array_equal(getattr(there, key), getattr(found, key)):
-                one.defects.append(f"{join(folder, f'{name}.index.npz')}: {key} is not what the shards hold; remove it")
-        for file, index in zip(files, indices, strict=True):
-            beside = str(dali_index_path(Path(file.place)))
-            if read_whole(beside).decode("utf-8", "replace") != index:
-                one.defects.append(f"{beside}: not an index of {file.place}; make it again with DALI's tool")
-    except DataError as error:
-        one.defects.append(str(error))
+def _file_checks(folder: str, name: str, manifest: Manifest, images: PackedImages | None) -> Iterator[FileCheck]:
+    for number, shard in enumerate(manifest.parts[name].shards):  # type: ignore[index]
+        table = None
+        # A scan behind a URL would be a request for each header.
+        if images is not None and manifest.to != "ffcv" and not is_url(folder):
+            table = images.table.select(np.flatnonzero(images.table.shard == number))
+        yield FileCheck(join(folder, shard.name), shard.sha256, manifest.to, table, join(folder, f"{name}.index.npz"))

@@ -145,6 +145,11 @@ def test_a_map_is_read_without_a_copy(tmp_path: Path) -> None:
     assert np.shares_memory(mapped.read(1), mapped.read(1))
     assert not mapped.read(1).flags.writeable
     assert read._maps == {}
+    for os_cache in (True, False):
+        source = open_source(as_packed(config, tmp_path / "packed").model_copy(update={"os_cache": os_cache}), "train")
+        assert np.array_equal(source.images[0], mapped[0])
+        assert isinstance(source.images.read(0), np.ndarray if os_cache else bytes)
+        assert isinstance(source.select([1]).images, BetonImages)
     assert (np.diff(mapped.addresses) > 0).all()
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.packed import files
 from pipelines.packed.conversion import convert
 from pipelines.packed.encode import Options
 from pipelines.packed.files import find_file, read_whole
@@ -143,13 +145,13 @@ def test_several_labels_and_pixels_come_back_bit_for_bit(to: str, tmp_path: Path
 
 def test_shards_of_others_are_read(tmp_path: Path) -> None:
     """As tar itself and Python's tarfile write them, with long names, folders and files of no interest."""
-    files = tmp_path / ("long" * 30) / "in.side"
-    files.mkdir(parents=True)
+    folder = tmp_path / ("long" * 30) / "in.side"
+    folder.mkdir(parents=True)
     for place in range(3):
-        Image.fromarray(noise(8, 9 + place, 3)).save(files / f"{place}.seg.png")
-        (files / f"{place}.png").write_bytes((files / f"{place}.seg.png").read_bytes())
-        (files / f"{place}.cls").write_text(f"{place + 4}\n")
-    (files / ".hidden").write_text("x")
+        Image.fromarray(noise(8, 9 + place, 3)).save(folder / f"{place}.seg.png")
+        (folder / f"{place}.png").write_bytes((folder / f"{place}.seg.png").read_bytes())
+        (folder / f"{place}.cls").write_text(f"{place + 4}\n")
+    (folder / ".hidden").write_text("x")
     path = tmp_path / "theirs.tar"
     for format in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
         with tarfile.open(path, "w", format=format) as archive:
@@ -282,3 +284,16 @@ def test_reading_goes_on_in_other_processes_and_stops_when_files_change(config: 
         pytest.raises(DataError, match=r"changed or replaced"),
     ):
         pool.map(images.read, [0])
+
+
+def test_threads_share_few_open_files(config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_in_three(config, tmp_path / "packed", "tfrecord", monkeypatch)
+    images = open_source(as_packed(config, tmp_path / "packed"), "train").images
+    expected = [images.read(row) for row in range(9)]
+    pool = files._OpenFiles(limit=1)
+    monkeypatch.setattr(files, "_POOL", pool)
+    order = np.random.default_rng(0).integers(0, 9, 2_000).tolist()
+    with ThreadPoolExecutor(8) as threads:
+        assert all(data == expected[row] for row, data in zip(order, threads.map(images.read, order), strict=True))
+    assert len(pool._entries) <= 8
+    assert all(users == 0 for _, users in pool._entries.values())
