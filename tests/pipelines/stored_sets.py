@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from pipelines.sources import DataConfig, Source
 
@@ -35,6 +36,25 @@ def write_tree(root: Path, counts: dict[str, int], suffix: str = ".png") -> None
     for name, count in counts.items():
         for index in range(count):
             write_image(root / name / f"{index:03d}{suffix}", seed=index)
+
+
+def write_photos(root: Path, count: int) -> None:
+    """Parts of two real photographs, JPEGs of all sizes in two classes; the 8th is gray, the 12th lies on its side, and
+    the 21st is a PNG that says it is a JPEG."""
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        height, width = rng.integers(40, 300, 2).tolist()
+        top, left = rng.integers(0, 100, 2).tolist()
+        photo = photos[number % 2].crop((left, top, left + width, top + height))
+        path = root / f"class{number % 2}" / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        exif = Image.Exif()
+        if number == 11:
+            exif[0x0112] = 6
+        if number == 7:
+            photo = photo.convert("L")
+        photo.save(path, format="PNG" if number == 20 else "JPEG", quality=90, exif=exif)
 
 
 def as_list(source: Source) -> list[int]:

@@ -13,8 +13,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_images
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as T
 
@@ -27,7 +25,7 @@ from pipelines.packed.gathering import gather
 from pipelines.plain_views import plain_batches
 from pipelines.sources import DataConfig, DataError, Source, open_source
 from pipelines.views import View, ViewsConfig, draw_boxes
-from tests.pipelines.stored_sets import real
+from tests.pipelines.stored_sets import real, write_photos
 
 CPU = torch.device("cpu")
 KINDS = ("plain", "native", "ffcv", "dali")
@@ -40,20 +38,7 @@ CROPS = ViewsConfig(plan="simclr", override={"jitter": 0, "grayscale": 0, "blur"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """41 JPEGs in two classes, one of them gray, one lying on its side; and a PNG that says it is a JPEG."""
     root = tmp_path_factory.mktemp("photos")
-    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
-    rng = np.random.default_rng(0)
-    for number in range(42):
-        side = rng.integers(40, 300, 2)
-        top, left = rng.integers(0, 100, 2)
-        photo = photos[number % 2].crop((left, top, left + side[0], top + side[1]))
-        path = root / f"class{number % 2}" / f"{number:03d}.jpg"
-        path.parent.mkdir(exist_ok=True)
-        if number == 7:
-            photo = photo.convert("L")
-        exif = Image.Exif()
-        if number == 11:
-            exif[0x0112] = 6
-        photo.save(path, format="PNG" if number == 20 else "JPEG", quality=90, exif=exif)
+    write_photos(root, 42)
     return root
 
 
