@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from typer.testing import CliRunner, Result
 
 from pipelines.packed.conversion import SetSource, convert
 from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather
 from pipelines.packed.manifest import Manifest
 from pipelines.sources import DataConfig
+from tools.convert import app
 
 
 def pack(config: DataConfig, destination: Path, **options: Any) -> Manifest:
@@ -49,3 +51,8 @@ def multi_label(images: Any, labels: np.ndarray) -> SetSource:
     index = np.arange(len(labels)) * 3 + 1
     part = PartSource("train", images, labels, index, None)
     return SetSource("voc07", tuple(f"class {c}" for c in range(labels.shape[1])), (part,), None)
+
+
+def run(*arguments: Any) -> Result:
+    """`python -m tools.convert` in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--workers", 0)])
