@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.pipelines.stored_sets import write_photos
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 MISSING = "numba", "pydantic", "rich", "torchvision", "sklearn", "yaml", "typer", "deepspeed"
@@ -68,3 +70,21 @@ def test_without_a_gpu_it_says_so() -> None:
     finished = run()
     assert finished.returncode == 2
     assert "no CUDA device" in finished.stderr
+
+
+def test_the_loader_benchmark_runs_to_its_table(tmp_path: Path) -> None:
+    pytest.importorskip("ffcv")
+    write_photos(tmp_path / "photos", 24)
+    results = tmp_path / "results.json"
+    options = ["--data", str(tmp_path / "photos"), "--workers", "1", "--rounds", "2", "--json", str(results)]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/loaders.py", *options, "--only", "decoding alone"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "images/CPU-s" in done.stdout
+    rows = json.loads(results.read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["ours, whole", "torchvision", "FFCV, fast DCT"]
+    assert rows[0]["ratio"] == 1
+    assert all(0 < row["share_of_decoding"] <= 1 for row in rows)
+    assert all(row["images_per_cpu_second"] > 10 for row in rows)
