@@ -4,7 +4,6 @@ from kernels.bregman import bregman_loss
 from kernels.contrastive import contrastive_loss
 from kernels.crop import crop_resize
 from kernels.distance import distance_correlation
-from kernels.jpeg import JpegDecoder, JpegError, JpegHeader, jpeg_decoder, why_no_jpeg_decoder
 from kernels.kmeans import kmeans_assign
 from kernels.nearest import nearest
 from kernels.ntxent import ntxent
@@ -13,20 +12,15 @@ from kernels.simplex import simplex_loss
 from kernels.support import SupportSet
 
 __all__ = [
-    "JpegDecoder",
-    "JpegError",
-    "JpegHeader",
     "PhotometricParams",
     "SupportSet",
     "bregman_loss",
     "contrastive_loss",
     "crop_resize",
     "distance_correlation",
-    "jpeg_decoder",
     "kmeans_assign",
     "nearest",
     "ntxent",
     "photometric",
     "simplex_loss",
-    "why_no_jpeg_decoder",
 ]
