@@ -15,8 +15,8 @@ import torch
 import typer
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
-from pipelines.choice import build_loader
-from pipelines.sources import DataError, describe, open_source
+from pipelines.choice import build_loader, choose
+from pipelines.sources import DataError, Source, describe, open_source
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
 from trainers.methods import build_method
@@ -33,7 +33,9 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
     source = open_source(recipe.data, "pretrain")
     counts = describe(recipe.data).counts
     size = recipe.views.size or source.image_size
-    loader, choice = build_loader(
+    name, reason = _agreed_loader(recipe, source, size, ranks)
+    loader = build_loader(
+        name,
         source,
         recipe.views.resolve(),
         config=recipe.data,
@@ -72,7 +74,7 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         batch_size=recipe.batch_size,
         recipe=recipe.resolved(),
     )
-    log.say(f"{directory}: {source.name}, {len(source):,} images, loader {choice}")
+    log.say(f"{directory}: {source.name}, {len(source):,} images, loader {name}: {reason}")
     torch.manual_seed(recipe.seed + ranks.rank)  # dropout differs between ranks
     export = {
         "arch": recipe.encoder.arch,
@@ -82,6 +84,20 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         "std": source.std,
     }
     return Run(directory, recipe.epochs, method, engine, loader, schedule, monitor, log, recipe.checkpoint, export)
+
+
+def _agreed_loader(recipe: Recipe, source: Source, size: int, ranks: Ranks) -> tuple[str, str]:
+    """Rank 0 chooses for all: free memory is not the same on every rank."""
+    choice, failure = None, None
+    if ranks.is_main:
+        try:
+            choice = choose(source, recipe.data, size, ranks.device)
+        except DataError as error:
+            failure = str(error)
+    choice, failure = ranks.from_main((choice, failure))
+    if choice is None:
+        raise DataError(failure)
+    return choice
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -48,7 +48,7 @@ def ours(store: Path, workers: int, *, loader: str, whole: bool) -> Pass:
     torch.set_num_threads(workers)
     config = LoaderConfig.model_validate({"loader": loader, "workers": workers, "last": "pad"})
     settings: dict[str, Any] = {"size": SIZE, "batch_size": BATCH, "seed": 0, "device": torch.device("cpu")}
-    made: Any = build_loader(source(store), ViewsConfig(plan="simclr").resolve(), config=config, **settings)[0]
+    made: Any = build_loader(loader, source(store), ViewsConfig(plan="simclr").resolve(), config=config, **settings)
     epochs = iter(range(10**6))
 
     def crops() -> int:

@@ -67,7 +67,7 @@ def crops(kind: str, store: Path, settings: dict[str, Any]) -> list[Tensor]:
     config = LoaderConfig.model_validate({"loader": kind, "workers": 1, **settings})
     plan = ViewsConfig(plan="simclr").resolve()
     shared: dict[str, Any] = {"size": 224, "batch_size": 1, "seed": 0, "device": torch.device("cpu")}
-    loader: Any = build_loader(source, plan, config=config, **shared)[0]
+    loader: Any = build_loader(kind, source, plan, config=config, **shared)
     batches = list(loader.crops(0, torch.arange(len(source)).split(50)))
     loader.close()
     return [crop.float() for batch in batches for crop in batch.crops.unbind(1)]

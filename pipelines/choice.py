@@ -12,7 +12,7 @@ from kernels.jpeg import jpeg_decoder, why_no_jpeg_decoder
 from pipelines.config import LoaderConfig
 from pipelines.loading import Loader, StreamedLoader
 from pipelines.packed.images import BetonImages
-from pipelines.resident import ResidentLoader, free_bytes, resident_bytes
+from pipelines.resident import ResidentLoader, as_stored, free_bytes, resident_bytes
 from pipelines.sources import ArrayImages, Source
 from pipelines.views import View
 
@@ -26,25 +26,26 @@ _LOADERS = {
 _DECODED_AT_START = 4 * 10**9  # bytes of pixels: more would keep a run waiting for its first step
 
 
-def build_loader(
-    source: Source, plan: tuple[View, ...], *, config: LoaderConfig, **settings: Any
-) -> tuple[Loader, str]:
-    """The loader of a training run and, in a line, which it is and why; `settings` as `StreamedLoader` takes them.
+def build_loader(name: str, source: Source, plan: tuple[View, ...], *, config: LoaderConfig, **settings: Any) -> Loader:
+    """The loader of a training run, by the name that `choose` gave; `settings` as `StreamedLoader` takes them.
 
     Raises:
-        DataError: the loader that the recipe names is not installed, or cannot read this set.
+        DataError: it is not installed, or cannot read this set.
     """
-    name, reason = choose(source, config, settings["size"], settings["device"])
     if name == "resident":
-        return ResidentLoader(source, plan, config=config, **settings), f"resident: {reason}"
-    return _make(name, source, plan, config, settings), f"{name}: {reason}"
+        return ResidentLoader(source, plan, config=config, **settings)
+    return _make(name, source, plan, config, settings)
 
 
 def streamed_loader(source: Source, plan: tuple[View, ...], *, config: LoaderConfig, **settings: Any) -> StreamedLoader:
-    """The same for a single pass, which holding the set on the device would not serve."""
-    once = config.model_copy(update={"reader": "ours"})
+    """The same for a single pass, which holding the set on the device would not serve.
+
+    Its pixels are those of a whole decode: an evaluation should not depend on what loads its images.
+    """
+    changes: dict[str, Any] = {"reader": "ours", "scaled": False}
     if config.loader == "resident":
-        once = once.model_copy(update={"loader": "auto"})
+        changes["loader"] = "auto"
+    once = config.model_copy(update=changes)
     name, _ = choose(source, once, None, settings["device"])
     return _make(name, source, plan, once, settings)
 
@@ -53,13 +54,18 @@ def choose(source: Source, config: LoaderConfig, size: int | None, device: torch
     """(name, reason) of a loader; `size` None: not the resident one."""
     if config.loader != "auto":
         return config.loader, "as the recipe says"
-    if size is not None:
+    if config.reader == "dali":
+        return "dali", "data.reader=dali"
+    if size is not None and as_stored(source, size):
         needed, free = resident_bytes(source, size), free_bytes(device)
         at_once = isinstance(source.images, ArrayImages) or needed <= _DECODED_AT_START
         if at_once and needed <= 0.3 * free:
             return "resident", f"the images take {needed / 1e9:.2g} GB of the {free / 1e9:.0f} GB free on {device}"
-    if isinstance(source.images, BetonImages) and (jpeg_decoder() is not None or _installed("ffcv")):
-        return "ffcv", "the images are in a .beton"
+    if isinstance(source.images, BetonImages):
+        if jpeg_decoder() is not None:
+            return "ffcv", "the images are in a .beton"
+        if _installed("ffcv"):
+            return "ffcv", f"the images are in a .beton; FFCV's decoder in place of ours, since {why_no_jpeg_decoder()}"
     if device.type == "cuda" and _installed("nvidia.dali"):
         return "dali", "it decodes on the GPU"
     if jpeg_decoder() is not None:

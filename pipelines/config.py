@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -14,7 +14,10 @@ class Section(BaseModel):
 
 
 class LoaderConfig(Section):
-    """How stored images become batches; what is left out of a recipe's hash changes the speed and nothing else."""
+    """How stored images become batches: which images, boxes and colours a step sees does not depend on the loader.
+
+    Pixels of two loaders differ by rounding, or by more where `scaled` or `resident` reduce an image first.
+    """
 
     # resident: the whole set on the device. native: our own decoder, on files, arrays and shards. ffcv: the same on a
     # .beton. dali: NVIDIA's decoders. plain: torch's DataLoader, torchvision. auto: by the set and what is installed.
@@ -28,3 +31,11 @@ class LoaderConfig(Section):
     decode: Literal["cpu", "mixed"] | None = None  # dali: where JPEGs decode; None: mixed on a GPU
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)  # dali, mixed: share of the images for the hardware engine
     reader: Literal["ours", "dali"] = "ours"  # dali: who reads files, shuffles and draws the crops
+
+    @model_validator(mode="after")
+    def _dalis_settings_are_for_dali(self) -> LoaderConfig:
+        if self.loader not in ("auto", "dali"):
+            for name, value in (("reader=dali", self.reader == "dali"), ("decode", self.decode is not None)):
+                if value:
+                    raise ValueError(f"{name} is for loader=dali, and the loader is {self.loader!r}; leave one out")
+        return self

@@ -6,7 +6,6 @@ other loader and begins at any step. With `data.reader=dali` it reads and draws 
 
 from __future__ import annotations
 
-import io
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,14 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pipelines.batch import ViewBatch
 from pipelines.dali_pipelines import Batch, CropPipeline, DecodeError, Engine, dali
 from pipelines.dali_readers import DaliReader
-from pipelines.loading import Crops, StreamedLoader
-from pipelines.stored.images import DataError, decode_bytes
+from pipelines.loading import Crops, StreamedLoader, refuse_state
+from pipelines.stored.images import DataError, decode_bytes, upright_jpeg
 
 _TOGETHER = 16  # images that a thread reads at a time
 
@@ -49,10 +47,9 @@ class DaliLoader(StreamedLoader):
                 " or leave it out"
             )
         mixed = on_gpu and self.config.decode != "cpu"
-        self.engine = Engine(self.device, mixed, self.workers, self.config.ahead, self.config.hw_decoder_load)
+        self.engine = Engine(self.device, mixed, self.workers, self.config.hw_decoder_load)
         known = self.source.images.sizes
         self._sizes = np.zeros((len(self.source), 2), np.int32) if known is None else np.asarray(known)
-        self._for_dali = np.zeros(len(self.source), np.int8)  # 1: DALI decodes it, -1: we do, 0: not looked at yet
         self._readers = ThreadPoolExecutor(self.workers, "twinstream-read")
         self._idle: CropPipeline | None = None
         self._reader = DaliReader(self, self.engine) if self.config.reader == "dali" else None
@@ -77,10 +74,7 @@ class DaliLoader(StreamedLoader):
 
     def load_state(self, state: Tensor) -> None:
         if self._reader is None:
-            raise DataError(
-                "the checkpoint holds the state of another loader's reader (data.reader=dali), but this run has"
-                " data.reader=ours; resume with the settings that it was written with"
-            )
+            refuse_state()
         self._reader.load_state(state)
 
     def close(self) -> None:
@@ -141,19 +135,22 @@ class DaliLoader(StreamedLoader):
         return [self._load_one(index) for index in indices]
 
     def _load_one(self, index: int) -> np.ndarray:
-        data = self.source.images.read(index)
+        data, where = self.source.images.read(index), self.source.images.where(index)
         if isinstance(data, np.ndarray) and data.ndim == 3:
-            return data
-        if not self._for_dali[index]:
-            size = _upright_jpeg(data)
-            self._for_dali[index] = -1 if size is None else 1
-            if size is not None and not self._sizes[index].all():
-                self._sizes[index] = size
-        if self._for_dali[index] > 0:
-            return np.frombuffer(data, np.uint8)
-        image = decode_bytes(data, self.source.images.where(index))
-        if not self._sizes[index].all():
-            self._sizes[index] = image.shape[:2]
+            image, size = data, data.shape[:2]
+        elif (upright := upright_jpeg(data)) is not None:
+            image, size = np.frombuffer(data, np.uint8), upright
+        else:
+            image = decode_bytes(data, where)
+            size = image.shape[:2]
+        known = tuple(self._sizes[index].tolist())
+        if not all(known):
+            self._sizes[index] = size
+        elif known != size:  # boxes were drawn for another image: DALI would fill them up with black
+            raise DataError(
+                f"{where} has {size[0]} x {size[1]} pixels, and {known[0]} x {known[1]} were expected: it is damaged,"
+                " or was changed during the run; put the old one back, or convert the set again"
+            )
         return image
 
     def _culprits(self, failure: DecodeError) -> DataError:
@@ -174,14 +171,3 @@ class DaliLoader(StreamedLoader):
             f"DALI cannot decode one of these images, though Pillow can decode all: {names}. DALI says: {failure};"
             " set data.loader=native or plain"
         )
-
-
-def _upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:
-    """(height, width) of a gray or RGB JPEG that EXIF does not turn, by its header: what DALI decodes as we do."""
-    try:
-        with Image.open(io.BytesIO(bytes(data))) as image:
-            if image.format != "JPEG" or image.mode not in ("L", "RGB") or image.getexif().get(0x0112, 1) != 1:
-                return None
-            return image.height, image.width
-    except Exception:  # whatever Pillow's parsers raise: decoding it will tell
-        return None

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from pipelines.stored.images import DataError
 
+_QUEUE = 2  # batches that DALI works on at once; those read ahead of it are `LoaderConfig.ahead`
+
 
 @dataclass(slots=True)
 class Batch:
@@ -32,7 +34,6 @@ class Engine:
     device: torch.device
     mixed: bool  # JPEGs decode on the GPU, and the crops stay there
     threads: int
-    ahead: int  # batches in flight before the one in use
     hw_decoder_load: float
 
     def settings(self) -> dict[str, Any]:
@@ -40,7 +41,7 @@ class Engine:
         device_id = None
         if self.mixed:
             device_id = torch.cuda.current_device() if self.device.index is None else self.device.index
-        return {"num_threads": self.threads, "device_id": device_id, "prefetch_queue_depth": self.ahead}
+        return {"num_threads": self.threads, "device_id": device_id, "prefetch_queue_depth": _QUEUE}
 
     def decode(self, encoded: Any, **options: Any) -> Any:
         """The node that decodes; fancy upsampling is what the CPU's decoder does, and Pillow and torchvision."""
@@ -88,12 +89,12 @@ class CropPipeline:
         Raises:
             DecodeError: DALI gave up on a batch; this pipeline is of no more use.
         """
-        given: deque[Batch] = deque()  # also keeps the memory alive that DALI reads from
+        given: deque[tuple[Batch, Any]] = deque()  # with the memory that DALI reads from
 
-        def source() -> tuple[Any, ...]:
+        def source() -> Any:
             batch = next(batches)
-            given.append(batch)
-            return _inputs(batch)
+            given.append((batch, _inputs(batch)))
+            return given[-1][1]
 
         pipeline, self._feed.source = self._pipeline, source
         try:
@@ -102,11 +103,11 @@ class CropPipeline:
                 try:
                     outputs = pipeline.share_outputs()
                 except RuntimeError as error:
-                    raise DecodeError(given[0], str(error)) from error
+                    raise DecodeError(given[0][0], str(error)) from error
                 crops = self.engine.joined(outputs)
                 pipeline.release_outputs()
                 pipeline.schedule_run()
-                yield given.popleft(), crops
+                yield given.popleft()[0], crops
         except DecodeError:
             self._pipeline = None
             raise

@@ -57,7 +57,7 @@ class FFCVDecoder:
         """Sizes are in the table of a .beton, and what is in one is upright RGB."""
         if bytes(data[:2]) != b"\xff\xd8":
             raise JpegError(0, "not a JPEG")
-        return SimpleNamespace(supported=True, orientation=1)
+        return SimpleNamespace(supported=True, orientation=1, height=0, width=0)
 
     def decode_crops(
         self,
@@ -72,40 +72,18 @@ class FFCVDecoder:
     ) -> None:
         size = out.shape[2]
         for place in range(begin, end):
-            own = boxes[:, place]
-            image, denominator = images[place], 1
+            image = images[place]
             if isinstance(image, bytes) or image.ndim == 1:
-                image = np.frombuffer(image, np.uint8)
-                if scaled:
-                    denominator = max(d for d in (1, 2, 4, 8) if d == 1 or own[:, 2:].min() >= d * size)
-                image = self._decode(place, image, sizes[place], denominator)
-            height, width = image.shape[:2]
-            start = own[:, :2] // denominator
-            extent = np.maximum(-(-(own[:, :2] + own[:, 2:]) // denominator) - start, 1)
-            cut = np.ascontiguousarray(np.concatenate([start, extent], axis=1), np.int64)
-            views = np.empty((len(own), size, size, 3), np.uint8)
-            rows, limits = np.zeros(len(own), np.int64), np.tile(np.array([height, width], np.int64), (len(own), 1))
-            self._crop(np.ascontiguousarray(image)[None], cut, rows, limits, views, 0, len(own))
+                image = self._decode(place, np.frombuffer(image, np.uint8), *sizes[place].tolist())
+            views = np.empty((len(boxes), size, size, 3), np.uint8)
+            rows, limits = np.zeros(len(boxes), np.int64), np.tile(np.int64(image.shape[:2]), (len(boxes), 1))
+            own = np.ascontiguousarray(boxes[:, place])
+            self._crop(np.ascontiguousarray(image)[None], own, rows, limits, views, 0, len(boxes))
             out[:, place] = views
 
-    def _decode(self, place: int, data: np.ndarray, size: np.ndarray, denominator: int) -> np.ndarray:
-        height, width = (int(n) for n in size)
-        image = np.empty((-(-height // denominator), -(-width // denominator), 3), np.uint8)
-        failed = self._imdecode(
-            data.ctypes.data,
-            data.size,
-            height,
-            width,
-            image.ctypes.data,
-            height,
-            width,
-            0,
-            0,
-            1,
-            denominator,
-            False,
-            False,
-        )
-        if failed:  # of warnings too
+    def _decode(self, place: int, data: np.ndarray, height: int, width: int) -> np.ndarray:
+        image = np.empty((height, width, 3), np.uint8)
+        whole = height, width, 0, 0, 1, 1, False, False  # no crop, no scaling, no mirroring
+        if self._imdecode(data.ctypes.data, data.size, height, width, image.ctypes.data, *whole):  # warnings too
             raise JpegError(place, "FFCV's decoder refuses it")
         return image

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from kernels import photometric
 from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
 from pipelines.order import EpochOrder
-from pipelines.sources import Source
+from pipelines.sources import DataError, Source
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
 
@@ -136,7 +136,7 @@ class StreamedLoader(ABC):
         return None
 
     def load_state(self, state: Tensor) -> None:
-        raise ValueError(f"{type(self).__name__} keeps no state")
+        refuse_state()
 
     @abstractmethod
     def close(self) -> None:
@@ -184,7 +184,19 @@ def render(
 def cores_of_a_rank() -> int:
     """The cores that this process may use, shared with the other ranks of the machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // ranks_of_this_machine())
+
+
+def ranks_of_this_machine() -> int:
+    """As torchrun or DeepSpeed's launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
+def refuse_state() -> NoReturn:
+    raise DataError(
+        "the checkpoint holds where DALI's own readers stood (data.loader=dali, data.reader=dali), and this run does"
+        " not read by them (data.reader=ours); resume with the settings that it was written with"
+    )
 
 
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.jpeg import JpegError, jpeg_decoder, why_no_jpeg_decoder
+from kernels.jpeg import MOST_PIXELS, JpegError, jpeg_decoder, why_no_jpeg_decoder
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError, decode_bytes
 
@@ -140,7 +140,7 @@ class NativeLoader(StreamedLoader):
             return data
         try:
             header = self.decoder.header(data)
-            plain = header.supported and header.orientation == 1
+            plain = header.supported and header.orientation == 1 and header.height * header.width <= MOST_PIXELS
         except JpegError:
             plain = False  # perhaps a PNG
         return data if plain else decode_bytes(bytes(data), self.source.images.where(index))
@@ -153,6 +153,6 @@ class NativeLoader(StreamedLoader):
 
     def _bad(self, index: int, reason: str) -> DataError:
         return DataError(
-            f"cannot decode {self.source.images.where(index)}: {reason}; replace it or take it out of the set"
-            " (python -m tools.convert PATH --verify finds all such images)"
+            f"cannot decode {self.source.images.where(index)}: {reason}; put a whole one in its place and run the same"
+            " command again (with one image less it would be another run)"
         )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +19,8 @@ from torchvision.transforms.v2 import functional as T
 
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.sources import Source
-from pipelines.stored.images import DataError, Images, decode_bytes
+from pipelines.stored.images import DataError, Images, decode_bytes, upright_jpeg
 from pipelines.views import View, draw_plan_boxes
-
-_JPEG = b"\xff\xd8\xff"
 
 
 class PlainLoader(StreamedLoader):
@@ -29,6 +30,7 @@ class PlainLoader(StreamedLoader):
         super().__init__(source, plan, **settings)
         self._shares: Iterable[Tensor] = ()
         self._epoch = 0
+        self._reading = False
         self._loader = DataLoader(
             _Samples(source.images, plan, self.seed, self.size),
             batch_sampler=_Keys(self),
@@ -36,17 +38,27 @@ class PlainLoader(StreamedLoader):
             prefetch_factor=max(1, -(-self.config.ahead // self.workers)),
             collate_fn=_stack,
             multiprocessing_context=_fresh_processes(),
+            worker_init_fn=_live_and_die_with_the_run,
             persistent_workers=True,
         )
 
     def crops(self, epoch: int, shares: Iterable[Tensor]) -> Generator[Crops, None, None]:
-        self._epoch, self._shares = epoch, shares
+        if self._reading:
+            raise RuntimeError(
+                "the plain loader reads one epoch at a time; close the other first, or make a second one"
+            )
+        self._epoch, self._shares, self._reading = epoch, shares, True
         try:
-            yield from self._loader
+            for made in self._loader:
+                if isinstance(made, DataError):
+                    raise made
+                yield made
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
             raise DataError(f"a process that decodes images died ({error}); it may have run out of memory") from error
+        finally:
+            self._reading = False
 
     def keys(self) -> Iterator[list[tuple[int, int]]]:
         for share in self._shares:
@@ -63,6 +75,23 @@ def _fresh_processes() -> Any:
     return context
 
 
+def _live_and_die_with_the_run(worker: int) -> None:
+    """A signal to the whole group is the run's to answer, with a checkpoint; a run that was killed takes us along.
+
+    torch's own watch looks at the parent process, which is the server here and outlives the run.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    run = multiprocessing.parent_process()
+    assert run is not None
+
+    def watch() -> None:
+        run.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @dataclass
 class _Keys:
     """The batches of the epoch that is being read, for a DataLoader that is made once."""
@@ -73,15 +102,18 @@ class _Keys:
         return self.loader.keys()
 
 
-class _Samples(Dataset[tuple[int, Tensor]]):
-    """(epoch, index) -> (index, its crops [V, S, S, 3] uint8)."""
+class _Samples(Dataset[tuple[int, Tensor] | DataError]):
+    """(epoch, index) -> (index, its crops [V, S, S, 3] uint8); errors are returned, and raised where they are read."""
 
     def __init__(self, images: Images, plan: tuple[View, ...], seed: int, size: int) -> None:
         self.images, self.plan, self.seed, self.size = images, plan, seed, size
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, Tensor] | DataError:
         epoch, index = key
-        image = _decoded(self.images, index)
+        try:
+            image = _decoded(self.images, index)
+        except DataError as error:
+            return error
         heights, widths = (torch.tensor([n]) for n in image.shape[1:])
         where: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": torch.tensor([index])}
         boxes = draw_plan_boxes(self.plan, **where, heights=heights, widths=widths, size=self.size)[:, 0].tolist()
@@ -90,8 +122,11 @@ class _Samples(Dataset[tuple[int, Tensor]]):
         return index, torch.stack(crops)
 
 
-def _stack(samples: list[tuple[int, Tensor]]) -> Crops:
-    indices, crops = zip(*samples, strict=True)
+def _stack(samples: list[tuple[int, Tensor] | DataError]) -> Crops | DataError:
+    whole = [sample for sample in samples if not isinstance(sample, DataError)]
+    if len(whole) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, DataError))
+    indices, crops = zip(*whole, strict=True)
     return Crops(torch.stack(crops, dim=1), torch.tensor(indices))
 
 
@@ -100,11 +135,10 @@ def _decoded(images: Images, index: int) -> Tensor:
     data = images.read(index)
     if isinstance(data, np.ndarray) and data.ndim == 3:
         return torch.from_numpy(np.array(data)).permute(2, 0, 1)
-    encoded = np.frombuffer(data, np.uint8)
-    if bytes(encoded[:3]) == _JPEG:
-        try:
-            buffer = torch.from_numpy(encoded.copy())
-            return decode_jpeg(buffer, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass  # CMYK for one: decoded below, or refused with the reason
-    return torch.from_numpy(decode_bytes(bytes(encoded), images.where(index))).permute(2, 0, 1)
+    if upright_jpeg(data) is None:  # not for torchvision: a PNG, CMYK, lying on its side
+        return torch.from_numpy(decode_bytes(data, images.where(index))).permute(2, 0, 1)
+    encoded = torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+    try:
+        return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise DataError(f"cannot decode {images.where(index)}: {error}; replace it") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +13,9 @@ from torch import Tensor
 from kernels import crop_resize, photometric
 from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
+from pipelines.loading import ranks_of_this_machine, refuse_state
 from pipelines.order import EpochOrder
-from pipelines.sources import DataError, Source
+from pipelines.sources import ArrayImages, DataError, Source
 from pipelines.stacking import stack_images
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
@@ -59,7 +59,10 @@ class ResidentLoader:
             config=config,
         )
         own_views = len(plan) * batch_size // world_size
-        needed, free = resident_bytes(source, size) + own_views * 3 * size * size * 4, free_bytes(device)
+        pixels = resident_bytes(source, size)
+        if device.type == "cpu" and not isinstance(source.images, ArrayImages):
+            pixels *= 2  # decoded one by one, then put on one canvas
+        needed, free = pixels + own_views * 3 * size * size * 4, free_bytes(device)
         if needed > 0.8 * free:
             raise DataError(
                 f"{source.name} may need {needed / 1e9:.1f} GB for its pixels and a batch of views, {device} has"
@@ -99,9 +102,15 @@ class ResidentLoader:
         return None
 
     def load_state(self, state: Tensor) -> None:
-        raise ValueError("ResidentLoader keeps no state")
+        refuse_state()
 
     def close(self) -> None: ...
+
+
+def as_stored(source: Source, size: int) -> bool:
+    """Whether the images can be held without being reduced."""
+    shared = source.images.size
+    return shared is not None and max(shared) <= _largest_side(size)
 
 
 def resident_bytes(source: Source, size: int) -> int:
@@ -121,7 +130,7 @@ def free_bytes(device: torch.device) -> int:
     """What this process may still use of the device's memory; CPUs are shared with the machine's other ranks."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return psutil.virtual_memory().available // ranks_of_this_machine()
 
 
 def _scaled(boxes: Tensor, factors: Tensor) -> Tensor:

@@ -1,8 +1,13 @@
 """Runs that read from the disk as they train: killed in mid-epoch, they go on as if nothing had been."""
 
+import os
 import signal
+import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -11,7 +16,7 @@ from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather
 from pipelines.sources import DataConfig
 from tests.pipelines.stored_sets import write_photos
-from tests.test_train import final_tensors, interrupt, rows, run
+from tests.test_train import command, final_tensors, interrupt, rows, run
 
 RECIPE = """
 epochs: 3
@@ -52,6 +57,36 @@ def test_a_killed_run_ends_bit_identical(loader: str, tmp_path: Path) -> None:
     assert bool(own_state) == ("reader" in loader)
     assert [n for n in expected if n not in own_state and not torch.equal(expected[n], got[n])] == []
     assert rows(calm) == rows(rough)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+def test_plains_processes_end_with_the_run(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Killed, it takes them along; a signal to the whole group, as Ctrl-C sends one, is still the run's to answer."""
+    write_photos(tmp_path / "photos", 80)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE.format(root=tmp_path / "photos", loader="loader: plain, workers: 2") + "run: {dir: run}\n")
+    process = psutil.Popen(
+        command(recipe, tmp_path / "run"), cwd=tmp_path, stdout=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + 150
+        while not (tmp_path / "run/checkpoints/step-00000004").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        below = process.children(recursive=True)
+        assert len(below) >= 3, "the server and two workers"
+        if number == signal.SIGTERM:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.wait(60) == code
+        gone, alive = psutil.wait_procs(below, timeout=20)
+        assert not alive
+        assert gone
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_loader_that_is_not_there_is_a_readable_refusal(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ class PackedImages:
             except OSError as error:
                 raise DataError(f"cannot open {file.place}: {error.strerror}; was it moved?") from error
             self._maps[shard] = mapped
+        file = self.files[shard]
+        if os.stat(file.place).st_size < file.size:  # reading beyond its end would end the process
+            raise DataError(f"{file.place} has become shorter during the run; put the whole file back")
         return mapped
 
     def __getstate__(self) -> dict[str, Any]:

@@ -279,6 +279,17 @@ def stored_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:
+    """(height, width) of a gray or RGB JPEG that needs no turning, by its header: what any decoder decodes alike."""
+    try:
+        with Image.open(io.BytesIO(bytes(data))) as image:
+            if image.format != "JPEG" or image.mode not in ("L", "RGB") or image.getexif().get(0x0112, 1) != 1:
+                return None
+            return image.height, image.width
+    except Exception:  # whatever Pillow's parsers raise: decoding it will tell
+        return None
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
     # "I;16" and its byte orders, and "I" where a version of Pillow widens 16-bit PNG.
     if image.mode.startswith("I"):

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from pydantic import ValidationError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as T
 
@@ -69,7 +70,7 @@ def make(files: Source, request: pytest.FixtureRequest) -> Iterator[Any]:
         own = {name: settings.pop(name) for name in list(settings) if name in LoaderConfig.model_fields}
         config = LoaderConfig(loader=kind, **({"workers": 1 if kind == "plain" else 2} | own))
         settings = {"size": 48, "batch_size": 12, "seed": 5, "device": CPU} | settings
-        loader, _ = build_loader(source, plan, config=config, **settings)
+        loader = build_loader(kind, source, plan, config=config, **settings)
         made.append(loader)
         return loader
 
@@ -252,6 +253,53 @@ def test_a_broken_image_is_an_error_that_names_it(kind: str, make: Any, folder: 
     assert len(list(loader.crops(0, [torch.arange(4)]))) == 1, "the loader can be used again"
 
 
+@pytest.mark.parametrize("kind", ["native", "dali"])
+def test_an_image_that_changed_since_its_size_was_read_is_an_error(kind: str, make: Any, tmp_path: Path) -> None:
+    write_photos(tmp_path, 6)
+    source = open_source(DataConfig(source="folder", root=tmp_path, holdout=0), "pretrain")
+    loader = make(kind, source, batch_size=6)
+    assert len(list(loader.epoch(0))) == 1
+    (tmp_path / "class0" / "002.jpg").write_bytes((tmp_path / "class0" / "004.jpg").read_bytes())
+    with pytest.raises(DataError, match=r"002\.jpg"):
+        list(loader.epoch(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_epochs_in_turns_are_apart_or_refused(kind: str, make: Any) -> None:
+    loader = make(kind, batch_size=6)
+    alone = [indices_of(loader, epoch) for epoch in (0, 1)]
+    first, second = loader.epoch(0), loader.epoch(1)
+    next(first)
+    if kind == "plain":
+        with pytest.raises(RuntimeError, match="one epoch at a time"):
+            next(second)
+        first.close()
+        assert indices_of(loader, 1) == alone[1]
+        return
+    taken = [[], []]
+    for a, b in zip(first, second, strict=False):
+        taken[0].append(a[0].indices.tolist())
+        taken[1].append(b[0].indices.tolist())
+    assert taken[0] == alone[0][1:]
+    assert taken[1] == alone[1][:6]
+    first.close()
+    second.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_state_of_dalis_readers_is_for_them(kind: str, make: Any) -> None:
+    loader = make(kind)
+    assert loader.state() is None
+    with pytest.raises(DataError, match=r"data\.reader=dali"):
+        loader.load_state(torch.zeros(3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize(("loader", "setting"), [("native", {"reader": "dali"}), ("ffcv", {"decode": "cpu"})])
+def test_dalis_settings_are_for_dali(loader: str, setting: dict[str, str]) -> None:
+    with pytest.raises(ValidationError, match="is for loader=dali, and the loader is"):
+        LoaderConfig(loader=loader, **setting)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_sees_the_centre_through_the_same_loader(kind: str, files: Source, request: Any) -> None:
     if kind == "dali":
@@ -294,9 +342,12 @@ def test_auto_chooses_by_the_set_and_by_what_is_there(
     files: Source, packed: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     auto = LoaderConfig()
-    assert choose(files, auto, 48, CPU)[0] == "resident"
+    digits = open_source(DataConfig(), "pretrain")
+    assert choose(digits, auto, 8, CPU)[0] == "resident"
+    assert choose(files, auto, 48, CPU)[0] == "native", "held on the device, they would have to be reduced"
+    assert choose(files, LoaderConfig(reader="dali"), 48, CPU)[0] == "dali"
     monkeypatch.setattr("pipelines.choice.free_bytes", lambda device: 1000)
-    assert choose(files, auto, 48, CPU)[0] == "native"
+    assert choose(digits, auto, 8, CPU)[0] == "native", "no room"
     assert choose(packed, auto, 48, CPU)[0] == "ffcv"
     monkeypatch.setattr("pipelines.choice.jpeg_decoder", lambda: None)
     monkeypatch.setattr("pipelines.choice.why_no_jpeg_decoder", lambda: "there is no C compiler")
@@ -311,7 +362,7 @@ def test_auto_chooses_by_the_set_and_by_what_is_there(
 
 def test_ffcv_refuses_what_is_not_a_beton(files: Source) -> None:
     with pytest.raises(DataError, match=r"tools\.convert SOURCE DEST --to ffcv"):
-        build_loader(files, CROPS, config=LoaderConfig(loader="ffcv"), size=48, batch_size=4, seed=0, device=CPU)
+        build_loader("ffcv", files, CROPS, config=LoaderConfig(), size=48, batch_size=4, seed=0, device=CPU)
 
 
 def test_a_set_smaller_than_a_batch_is_refused(make: Any) -> None:
