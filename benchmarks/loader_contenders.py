@@ -201,7 +201,7 @@ def decoding(store: Path, workers: int, *, decode: str) -> Pass:
 
 
 def _decode_ours() -> Callable[[np.ndarray, list[int]], object]:
-    from kernels.jpeg import jpeg_decoder
+    from pipelines.jpeg.decoder import jpeg_decoder
 
     decoder = jpeg_decoder()
     assert decoder is not None

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from kernels.jpeg import jpeg_decoder, why_no_jpeg_decoder
 from pipelines.config import LoaderConfig
+from pipelines.jpeg.decoder import jpeg_decoder, why_no_jpeg_decoder
 from pipelines.loading import Loader, StreamedLoader
 from pipelines.packed.images import BetonImages
 from pipelines.resident import ResidentLoader, as_stored, free_bytes, resident_bytes

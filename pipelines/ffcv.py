@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from kernels.crop import numba_crop_resize
-from kernels.jpeg import JpegError, jpeg_decoder, why_no_jpeg_decoder
+from pipelines.jpeg.decoder import JpegError, jpeg_decoder, why_no_jpeg_decoder
 from pipelines.native import Decoder, NativeLoader, Stored
 from pipelines.packed.images import BetonImages
 from pipelines.stored.images import DataError
@@ -45,7 +45,7 @@ class FFCVLoader(NativeLoader):
 
 
 class FFCVDecoder:
-    """What `kernels.jpeg.JpegDecoder` does, by FFCV's library: the whole image is decoded, once for all its views."""
+    """What our `JpegDecoder` does, by FFCV's library: the whole image is decoded, once for all its views."""
 
     def __init__(self) -> None:
         from ffcv.libffcv import ctypes_imdecode

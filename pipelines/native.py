@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kernels.jpeg import MOST_PIXELS, JpegError, jpeg_decoder, why_no_jpeg_decoder
+from pipelines.jpeg.decoder import MOST_PIXELS, JpegError, jpeg_decoder, why_no_jpeg_decoder
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError, decode_bytes
 
@@ -22,7 +22,7 @@ Stored = bytes | np.ndarray
 
 
 class Decoder(Protocol):
-    """What this loader asks of a decoder: `kernels.jpeg.JpegDecoder`, or FFCV's as `pipelines.ffcv` wraps it."""
+    """What this loader asks of a decoder: our `JpegDecoder`, or FFCV's as `pipelines.ffcv` wraps it."""
 
     def header(self, data: Stored, /) -> Any: ...
 

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make sure that FFCV, which PyPI carries as source only, can be built: OpenCV's and libturbojpeg's headers.
 # Exit 0 if they are there; otherwise install them by apt where that is possible; otherwise say what is missing
-# and what works without, and exit 1. libjpeg's header, which kernels/jpeg.c is compiled with at first use, comes along.
+# and what works without, and exit 1. libjpeg's header, which pipelines/jpeg/decoder.c is compiled with at first use, comes along.
 set -u
 packages="pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev"
 

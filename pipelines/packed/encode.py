@@ -186,7 +186,7 @@ def _encoded(data: bytes, pixels: np.ndarray, encoding: Encoding, options: Optio
 @functools.cache
 def _decoder() -> tuple[Any, int]:
     try:
-        from kernels.jpeg import MOST_PIXELS, jpeg_decoder
+        from pipelines.jpeg.decoder import MOST_PIXELS, jpeg_decoder
     except ImportError:
         return None, 0
     return jpeg_decoder(), MOST_PIXELS

@@ -5,10 +5,8 @@ Not `concurrent.futures`, whose workers cannot be stopped in the middle of a tas
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -122,7 +120,6 @@ def run_tasks(
 
 def _serve(connection: Connection, work: Work) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    _skip_init("kernels")
 
     def send(kind: str, value: Any) -> Any:
         connection.send((kind, value))
@@ -141,16 +138,6 @@ def _serve(connection: Connection, work: Work) -> None:
             connection.send(("done", result))
     except (EOFError, ConnectionError):
         os._exit(0)  # no more tasks, or the parent is gone
-
-
-def _skip_init(name: str) -> None:
-    """Let modules of a package be imported in this process without its `__init__`.
-
-    That of `kernels` imports torch, which would cost each worker 3 s and 500 MB; its JPEG decoder needs none of it.
-    """
-    spec = importlib.util.find_spec(name)
-    if spec is not None and name not in sys.modules:
-        sys.modules[name] = importlib.util.module_from_spec(spec)
 
 
 @contextmanager

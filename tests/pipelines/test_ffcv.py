@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.jpeg import JpegError
 from pipelines import ffcv
 from pipelines.config import LoaderConfig
+from pipelines.jpeg.decoder import JpegError
 from pipelines.packed.conversion import convert
 from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather

@@ -34,7 +34,7 @@ def sleep(task: int, channel: Channel) -> int:
 
 
 def imported(task: int, channel: Channel) -> list[str]:
-    from kernels.jpeg import jpeg_decoder
+    from pipelines.jpeg.decoder import jpeg_decoder
     from pipelines.packed import checking, worker
 
     assert callable(jpeg_decoder)

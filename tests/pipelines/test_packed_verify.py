@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kernels.jpeg import jpeg_decoder
+from pipelines.jpeg.decoder import jpeg_decoder
 from pipelines.packed.beton import HEADER
 from pipelines.sources import DataConfig
 from tests.pipelines.packing import pack, photo, photo_tree, run

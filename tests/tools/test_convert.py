@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from kernels.jpeg import jpeg_decoder
+from pipelines.jpeg.decoder import jpeg_decoder
 from pipelines.packed import conversion, encode, finishing
 from pipelines.packed.journal import Journal
 from pipelines.sources import DataConfig, open_source

@@ -1,4 +1,4 @@
-/* Crop and antialiased resize of one image; the part of jpeg.c that knows nothing of JPEG.
+/* Crop and antialiased resize of one image; the part of decoder.c that knows nothing of JPEG.
  *
  * The filter is that of kernels/crop.py: a triangle as wide as an output pixel, at least as two input pixels;
  * normalised over the pixels with their centre in the box; black outside the image; rounded once.

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from kernels.jpeg import JpegDecoder
-from tests.kernels.jpeg_files import encode, kinds, photo, pillow, triangle
+from pipelines.jpeg.decoder import JpegDecoder
+from tests.pipelines.jpeg.jpeg_files import encode, kinds, photo, pillow, triangle
 from tests.pipelines.stored_sets import real
 
 KINDS = list(kinds(16, 16))

@@ -1,8 +1,8 @@
-"""What several of the kernels' tests need."""
+"""The decoder, for the tests of this folder."""
 
 import pytest
 
-from kernels.jpeg import JpegDecoder, jpeg_decoder, why_no_jpeg_decoder
+from pipelines.jpeg.decoder import JpegDecoder, jpeg_decoder, why_no_jpeg_decoder
 
 
 @pytest.fixture(scope="module")

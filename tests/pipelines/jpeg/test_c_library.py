@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-import kernels.jpeg
-from kernels.c_library import CannotCompileError, c_library
-from kernels.jpeg import jpeg_decoder, why_no_jpeg_decoder
+import pipelines.jpeg.decoder
+from pipelines.jpeg.c_library import CannotCompileError, c_library
+from pipelines.jpeg.decoder import jpeg_decoder, why_no_jpeg_decoder
 
 SOURCE = '#include "answer.h"\nint answer(void) { return ANSWER; }\n'
 
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.setattr(kernels.jpeg, "_known", None)
+    monkeypatch.setattr(pipelines.jpeg.decoder, "_known", None)
     monkeypatch.setenv("TWINSTREAM_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -59,7 +59,7 @@ def test_what_it_is_made_of_names_it(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (tmp_path / "answer.h").write_text(f"#define ANSWER {value}")
         assert answer(tmp_path) == value
     assert len(list(cache.iterdir())) == 2
-    monkeypatch.setattr("kernels.c_library._processor", lambda: "another")
+    monkeypatch.setattr("pipelines.jpeg.c_library._processor", lambda: "another")
     assert answer(tmp_path) == 2
     assert len(list(cache.iterdir())) == 3
 
@@ -123,7 +123,11 @@ def test_many_processes_at_once(cache: Path) -> None:
         pytest.skip(f"the JPEG decoder cannot be built: {why_no_jpeg_decoder()}")
     for file in cache.iterdir():
         file.unlink()
-    command = [sys.executable, "-c", "from kernels.jpeg import jpeg_decoder; assert jpeg_decoder() is not None"]
+    command = [
+        sys.executable,
+        "-c",
+        "from pipelines.jpeg.decoder import jpeg_decoder; assert jpeg_decoder() is not None",
+    ]
     started = [subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(4)]
     assert [process.wait(120) for process in started] == [0] * 4
     assert len(list(cache.iterdir())) == 1

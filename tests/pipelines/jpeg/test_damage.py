@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kernels.jpeg import JpegDecoder, JpegError
-from tests.kernels.jpeg_files import encode, frame_of, kinds, photo, pillow, with_size
-from tests.kernels.test_jpeg import KINDS, crops
+from pipelines.jpeg.decoder import JpegDecoder, JpegError
+from tests.pipelines.jpeg.jpeg_files import encode, frame_of, kinds, photo, pillow, with_size
+from tests.pipelines.jpeg.test_decoder import KINDS, crops
 
 
 def failure(decoder: JpegDecoder, data: bytes, box: Any = (0, 0, 64, 64), size: Any = (64, 64)) -> JpegError:

@@ -14,7 +14,7 @@
 
 #include <jerror.h>
 
-#include "jpeg_resize.h"
+#include "resize.h"
 
 #if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000090
 #error "libjpeg-turbo 2.1 or newer is needed"

@@ -1,6 +1,6 @@
 """Decodes a JPEG once, only where its crops lie, and cuts and resizes them: our own C on top of libjpeg-turbo.
 
-The C (`jpeg.c`, `jpeg_resize.h`) is compiled for this machine at first use, in about a second, and kept in the
+The C (`decoder.c`, `resize.h`) is compiled for this machine at first use, in about a second, and kept in the
 user's cache folder. Where there is no compiler or no jpeglib.h, `jpeg_decoder()` is None and
 `why_no_jpeg_decoder()` says what is missing.
 """
@@ -15,7 +15,7 @@ from threading import Lock
 
 import numpy as np
 
-from kernels.c_library import CannotCompileError, c_library
+from pipelines.jpeg.c_library import CannotCompileError, c_library
 
 Encoded = bytes | bytearray | memoryview | np.ndarray
 
@@ -238,7 +238,7 @@ def _find() -> _Found:
     folder = Path(__file__).parent
     try:
         library = c_library(
-            folder / "jpeg.c", depends=[folder / "jpeg_resize.h"], libraries=["jpeg", "m"], works=_why_not
+            folder / "decoder.c", depends=[folder / "resize.h"], libraries=["jpeg", "m"], works=_why_not
         )
     except CannotCompileError as error:
         reason = str(error)
