@@ -10,7 +10,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 
-import google_crc32c
 import numpy as np
 
 from pipelines.packed.files import StoredFile, read_at
@@ -95,6 +94,8 @@ def _sample(features: Mapping[str, tuple[Value, int]], start: int) -> Scanned:
 
 
 def _checksum(data: bytes) -> bytes:
+    import google_crc32c  # nobody else needs it
+
     crc = google_crc32c.value(data)
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
