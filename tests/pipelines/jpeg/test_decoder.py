@@ -61,7 +61,8 @@ def test_whole_decode_is_that_of_pillow_and_torchvision(decoder: JpegDecoder, ki
     data = kinds(*size)[kind]
     ours = decoder.decode(data)
     assert np.array_equal(ours, pillow(data))
-    if kind != "rgb":  # torchvision takes it for YCbCr
+    # torchvision takes rgb for YCbCr, and older ones bring a libjpeg that blurs the chroma of 440 otherwise.
+    if kind not in ("rgb", "440"):
         theirs = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
         assert np.array_equal(ours, theirs.permute(1, 2, 0).numpy())
 
