@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -177,6 +178,7 @@ class FileImages:
 
     def read(self, index: int) -> bytes:
         try:
+            _check_regular(self.path(index))
             return self.path(index).read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the image file {self.path(index)}: {error}") from error
@@ -252,6 +254,8 @@ def decode_bytes(data: bytes | np.ndarray, name: str, *, at_least: int | None = 
 
 def _decode(file: Path | io.BytesIO, name: str, at_least: int | None) -> np.ndarray:
     try:
+        if isinstance(file, Path):
+            _check_regular(file)
         with Image.open(file) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
@@ -268,6 +272,7 @@ def stored_size(path: Path) -> tuple[int, int]:
         DataError: as `decode`, as far as a header can tell.
     """
     try:
+        _check_regular(path)
         with Image.open(path) as image:
             width, height = image.size
             # Looking for EXIF behind the pixels would decode a PNG whole.
@@ -288,6 +293,12 @@ def upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:
             return image.height, image.width
     except Exception:  # whatever Pillow's parsers raise: decoding it will tell
         return None
+
+
+def _check_regular(path: Path) -> None:
+    """Raise OSError for pipes, sockets and devices: opening one may wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

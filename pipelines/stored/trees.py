@@ -5,7 +5,6 @@ A reader lists the files of a stored part and reads their labels; no image is de
 
 from __future__ import annotations
 
-import os
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -19,6 +18,7 @@ import torch
 
 from pipelines.stored.common import Part, Stored, download_or, missing, through_torchvision
 from pipelines.stored.images import EXTENSIONS, DataError, FileImages
+from pipelines.stored.listing import class_names, image_names, left_out
 
 if TYPE_CHECKING:
     from pipelines.sources import DataConfig
@@ -43,7 +43,7 @@ def read_folder(config: DataConfig, part: Part) -> Stored:
             f"folder: {root} has no test images: no train/ with test/ or val/ beside it; "
             "everything there is training data. Use the 'holdout' split, or add one of these folders"
         )
-    return _class_tree("folder", root / apart[0], layout, classes=_class_names(train))
+    return _class_tree("folder", root / apart[0], layout, classes=class_names(train))
 
 
 def read_imagenet(config: DataConfig, part: Part, *, subset: int | None = None) -> Stored:
@@ -56,9 +56,9 @@ def read_imagenet(config: DataConfig, part: Part, *, subset: int | None = None) 
     if root is None:
         raise missing(config.source, config.folder, layout, how)
     wanted = imagenet_classes(config, root, subset)
-    classes = _class_names(root / "train") if wanted is None else wanted
+    classes = class_names(root / "train") if wanted is None else wanted
     folder = root / ("val" if part == "test" else "train")
-    if not folder.is_dir() or not _class_names(folder):
+    if not folder.is_dir() or not class_names(folder):
         raise missing(config.source, folder, "a folder a class (<wnid>/*.JPEG)", how)
     return _class_tree(config.source, folder, layout, classes=classes, all_classes=False)
 
@@ -104,7 +104,7 @@ def read_tiny_imagenet(config: DataConfig, part: Part) -> Stored:
         raise missing("tiny_imagenet", config.folder, layout, how)
     if part != "test":
         return _class_tree("tiny_imagenet", root / "train", layout)
-    classes, annotations = _class_names(root / "train"), root / "val" / "val_annotations.txt"
+    classes, annotations = class_names(root / "train"), root / "val" / "val_annotations.txt"
     if not (root / "val" / "images").is_dir():  # re-arranged into class folders
         if not (root / "val").is_dir():
             raise missing("tiny_imagenet", root / "val", layout, how)
@@ -182,20 +182,20 @@ def _class_tree(
         classes: the class folders, in order; None for those that are there.
         all_classes: whether a sub-folder outside `classes` is an error.
     """
-    present = _class_names(folder)
+    present = class_names(folder)
     if classes is None:
         classes = present
     if not classes:  # images without classes
-        names = _image_names(folder, "")
+        names = image_names(folder, "")
         if not names:
             raise missing(name, folder, layout, f"images end in {' '.join(EXTENSIONS)}")
-        return Stored(FileImages(folder, names), torch.full((len(names),), -1), (), left_out=partial(_left_out, folder))
+        return Stored(FileImages(folder, names), torch.full((len(names),), -1), (), left_out=partial(left_out, folder))
     unknown = sorted(set(present) - set(classes)) if all_classes else []
     if unknown:
         raise DataError(f"{name}: {folder} has class folders that the training images do not have: {_some(unknown)}")
 
     there = set(present)
-    by_class = [_image_names(folder, wanted) if wanted in there else [] for wanted in classes]
+    by_class = [image_names(folder, wanted) if wanted in there else [] for wanted in classes]
     empty = [wanted for wanted, found in zip(classes, by_class, strict=True) if not found]
     if empty:
         report = f"{name}: {folder} has no images of {len(empty)} of {len(classes)} classes: {_some(empty)}"
@@ -204,44 +204,7 @@ def _class_tree(
         warnings.warn(report, stacklevel=2)  # a test set may lack a class
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in by_class]))
     names = [path for found in by_class for path in found]
-    return Stored(FileImages(folder, names), labels, tuple(classes), left_out=partial(_left_out, folder, classes))
-
-
-def _class_names(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."))
-
-
-def _image_names(folder: Path, below: str) -> list[str]:
-    """Paths of the image files under folder/below, relative to `folder`, sorted, without hidden ones."""
-    found = []
-    for where, folders, files in os.walk(folder / below, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != "."]
-        prefix = os.path.relpath(where, folder)
-        for name in files:
-            if name.lower().endswith(EXTENSIONS) and name[0] != ".":
-                found.append(name if prefix == "." else f"{prefix}/{name}")
-    return sorted(found)
-
-
-def _left_out(folder: Path, classes: Sequence[str] | None = None) -> list[tuple[str, str]]:
-    """(path, reason) of the files below `folder` that `_class_tree` did not take; other class folders aside."""
-    found = []
-    wanted = None if classes is None else set(classes)
-    for where, folders, files in os.walk(folder, followlinks=True):
-        top = Path(where) == folder
-        if top and wanted is not None:
-            folders[:] = [name for name in folders if name in wanted or name[0] == "."]
-        folders.sort()
-        hidden_folder = any(part[0] == "." for part in Path(where).relative_to(folder).parts)
-        for name in sorted(files):
-            path = os.path.join(where, name)
-            if name[0] == "." or hidden_folder:
-                found.append((path, "hidden"))
-            elif not name.lower().endswith(EXTENSIONS):
-                found.append((path, "not an image by its name"))
-            elif top and wanted is not None:
-                found.append((path, "outside of the class folders"))
-    return found
+    return Stored(FileImages(folder, names), labels, tuple(classes), left_out=partial(left_out, folder, classes))
 
 
 def _find(folder: Path, places: Sequence[str], marker: str) -> Path | None:
