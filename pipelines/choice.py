@@ -43,7 +43,8 @@ def streamed_loader(source: Source, plan: tuple[View, ...], *, config: LoaderCon
     Its pixels are those of a whole decode: an evaluation should not depend on what loads its images.
     """
     changes: dict[str, Any] = {"reader": "ours", "scaled": False}
-    if config.loader == "resident":
+    other_storage = config.loader == "ffcv" and not isinstance(source.images, BetonImages)
+    if config.loader == "resident" or other_storage:  # a run's own settings, for a set that it was not trained on
         changes["loader"] = "auto"
     once = config.model_copy(update=changes)
     name, _ = choose(source, once, None, settings["device"])
@@ -72,7 +73,7 @@ def choose(source: Source, config: LoaderConfig, size: int | None, device: torch
         return "native", "our decoder, images decoded as they are needed"
     if _installed("nvidia.dali"):
         return "dali", f"{why_no_jpeg_decoder()}, so our decoder cannot be built"
-    return "plain", f"torchvision, many times slower: {why_no_jpeg_decoder()}, and NVIDIA DALI is not installed"
+    return "plain", f"torchvision, two to three times slower: {why_no_jpeg_decoder()}, and NVIDIA DALI is not installed"
 
 
 def _make(

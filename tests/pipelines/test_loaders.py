@@ -320,6 +320,11 @@ def test_evaluation_sees_the_centre_through_the_same_loader(kind: str, files: So
         assert error < (3 if kind == "ffcv" and index in ENCODED_ANEW else 1), f"image {index}"
 
 
+def test_a_run_that_trained_on_a_beton_is_evaluated_on_files(files: Source) -> None:
+    batches = plain_batches(files, 16, 42, CPU, LoaderConfig(loader="ffcv"))
+    assert [len(positions) for _, positions in batches] == [42]
+
+
 def test_workers_and_batches_in_flight_change_nothing(make: Any) -> None:
     one = list(make("native", plan=SIMCLR, workers=1, ahead=1).epoch(0))
     many = list(make("native", plan=SIMCLR, workers=5, ahead=4).epoch(0))
