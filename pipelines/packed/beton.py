@@ -185,6 +185,6 @@ def _array_type(file: StoredFile, name: str, arguments: np.ndarray) -> tuple[np.
         if not re.fullmatch(r"[<>|]?[fiub][1248]", kind):
             raise ValueError(f"elements of type {kind!r}")
         dtype = np.dtype(kind)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{file.place}: cannot read what the arrays of {name!r} hold: {error}") from error
     return dtype, tuple(side for side in head["shape"].tolist() if side)

@@ -7,6 +7,7 @@ Objects that read hold names only, so they travel to worker processes as they ar
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ def find_file(place: str | Path) -> StoredFile:
         facts = os.stat(place)
     except OSError as error:
         raise DataError(f"cannot open {place}: {error.strerror}; check the path") from error
+    if not stat.S_ISREG(facts.st_mode):
+        raise DataError(f"cannot open {place}: not a regular file; check the path")
     return StoredFile(place, facts.st_size, _version(facts))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -36,6 +38,7 @@ class Table:
         return self if ascending else self.select(np.argsort(self.index, kind="stable"))
 
 
+_ODD = (RuntimeError, OverflowError, MemoryError, struct.error, zlib.error)  # what zipfile and NumPy raise besides
 DTYPES = {
     "index": np.int64,
     "label": np.int64,
@@ -83,9 +86,11 @@ def read_index(data: bytes, name: str) -> Table:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             arrays = {key: _array(archive, f"{key}.npy") for key in DTYPES}
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, OSError, EOFError, *_ODD) as error:
         raise DataError(f"{name}: not an index of packed images: {error}; remove it to have it made again") from error
     label = arrays["label"]
+    if label.ndim not in (1, 2):
+        raise DataError(f"{name}: label is {label.dtype} {label.shape}, expected one or two axes")
     multi = label.ndim == 2 and label.dtype == np.float32
     for key, dtype in DTYPES.items():
         array = arrays[key]

@@ -7,9 +7,11 @@ shard lies an index for NVIDIA DALI (wds2idx's version 1.2).
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +20,9 @@ from pipelines.stored.images import EXTENSIONS, DataError
 
 _BLOCK = 512
 END = bytes(2 * _BLOCK)
+_LONGEST = {"cls": 1 << 16, "index": 1 << 10}  # bytes; a thousand classes take 5 kB
+_LONGEST_HEADER = 1 << 16  # bytes of a long name, or of a pax header
+_READ = 1 << 23  # bytes at a time, where all are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +77,22 @@ def scan_tar(file: StoredFile) -> tuple[list[Scanned], str]:
     """The samples of a shard, of any writer, and DALI's index of it.
 
     Raises:
-        DataError: not a tar, cut off, or a sample has no image or an unreadable label.
+        DataError: not a tar, cut off, a sample is there twice, or has no image or an unreadable label.
     """
     samples: list[list[Member]] = []
-    last = None
+    last, seen = None, set[str]()
     for member in _members(file):
         if not member.stem.rpartition("/")[2]:  # a hidden file
             continue
         if member.stem != last:
+            if member.stem in seen:
+                raise DataError(
+                    f"{file.place}: sample {member.stem} is there twice, at byte {member.offset:,} again; the files of "
+                    "a sample must lie side by side"
+                )
             samples.append([])
             last = member.stem
+            seen.add(last)
         samples[-1].append(member)
     lines = [" ".join(f"{m.extension} {m.offset} {m.length} {m.name}" for m in sample) for sample in samples]
     return [_sample(file, sample) for sample in samples], dali_index(lines)
@@ -89,66 +100,119 @@ def scan_tar(file: StoredFile) -> tuple[list[Scanned], str]:
 
 def _members(file: StoredFile) -> Iterator[Member]:
     """The regular files of a tar. Their data is passed over, not read."""
-    at, long_name = 0, ""
+    at, name, size = 0, "", None
     while True:
         if at + _BLOCK > file.size:
             raise DataError(f"{file.place}: ends at byte {file.size:,} without the end mark of a tar; it was cut off")
         block = read_at(file, at, _BLOCK)
         if block == bytes(_BLOCK):
+            _check_end(file, at)
             return
         try:
             facts = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
             raise DataError(f"{file.place}: no tar header at byte {at:,}: {error}; the shard is damaged") from error
         data = at + _BLOCK
-        if facts.size < 0 or data + facts.size > file.size:
-            raise DataError(f"{file.place}: {facts.name} has {facts.size:,} bytes by its header; the shard was cut off")
-        at = data + facts.size + -facts.size % _BLOCK
-        if facts.type == tarfile.GNUTYPE_LONGNAME:
-            long_name = read_at(file, data, facts.size).rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif facts.type == tarfile.XHDTYPE:
-            long_name = _pax_path(read_at(file, data, facts.size))
+        length = facts.size if size is None else size
+        if length < 0 or data + length > file.size:
+            raise DataError(f"{file.place}: {facts.name} has {length:,} bytes by its header; the shard was cut off")
+        at = data + length + -length % _BLOCK
+        if facts.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
+            if length > _LONGEST_HEADER:
+                raise DataError(f"{file.place}: a header of {length:,} bytes before byte {at:,}; the shard is damaged")
+            told = read_at(file, data, length)
+            if facts.type == tarfile.XHDTYPE:
+                name, size = _pax(told)
+            else:
+                name = told.rstrip(b"\0").decode("utf-8", "surrogateescape")
         else:
             if facts.isreg():
-                yield Member(long_name or facts.name, data, facts.size)
-            long_name = ""
+                yield Member(name or facts.name, data, length)
+            name, size = "", None
 
 
-def _pax_path(records: bytes) -> str:
+def _check_end(file: StoredFile, at: int) -> None:
+    """A tar ends in two blocks of zeros at least; a lone one hides what follows."""
+    if at + len(END) > file.size:
+        raise DataError(f"{file.place}: ends in one block of zeros, at byte {at:,}, instead of two; it was cut off")
+    for start in range(at, file.size, _READ):
+        block = np.frombuffer(read_at(file, start, min(_READ, file.size - start)), np.uint8)
+        if block.any():
+            raise DataError(
+                f"{file.place}: zeros from byte {at:,} on, where a tar would end, but data at byte "
+                f"{start + int(np.argmax(block > 0)):,}; the shard is damaged"
+            )
+
+
+def _pax(records: bytes) -> tuple[str, int | None]:
+    """(name, size) of the next file; "" and None where its own header tells them."""
+    name, size = "", None
     while records:  # "25 path=some/long/name\n": the length counts itself
         told, _, _ = records.partition(b" ")
-        if not told.isdigit() or not len(told) < int(told) <= len(records):
-            return ""
+        if not told.isdigit() or len(told) > 9 or not len(told) < int(told) <= len(records):
+            break
         key, _, value = records[len(told) + 1 : int(told) - 1].partition(b"=")
         if key == b"path":
-            return value.decode("utf-8", "surrogateescape")
+            name = value.decode("utf-8", "surrogateescape")
+        elif key == b"size" and value.isdigit() and len(value) < 19:
+            size = int(value)
         records = records[int(told) :]
-    return ""
+    return name, size
 
 
 def _sample(file: StoredFile, members: list[Member]) -> Scanned:
-    known = {member.extension.lower(): member for member in members}
+    known: dict[str, Member] = {}
+    name = members[0].stem
+    for member in members:
+        if known.setdefault(member.extension.lower(), member) is not member:
+            raise DataError(f"{file.place}: sample {name} has .{member.extension} twice; one image a sample")
     image = next((known[e[1:]] for e in EXTENSIONS if e[1:] in known), None)
     if image is None:
-        raise DataError(f"{file.place}: sample {members[0].stem} has no image, only .{' .'.join(known)}")
+        raise DataError(f"{file.place}: sample {name} has no image, only .{' .'.join(known)}")
 
     def read(extension: str) -> str | None:
         member = known.get(extension)
-        return None if member is None else read_at(file, member.offset, member.length).decode("ascii", "replace")
+        if member is None:
+            return None
+        if member.length > _LONGEST[extension]:
+            raise ValueError(f".{extension} has {member.length:,} bytes, more than {_LONGEST[extension]:,}")
+        return read_at(file, member.offset, member.length).decode("ascii", "replace")
 
-    label, index = read("cls"), read("index")
     try:
+        label, index = read("cls"), read("index")
         return Scanned(
-            None if index is None else int(index),
+            None if index is None else _whole(index),
             None if label is None else _label(label),
             image.offset,
             image.length,
         )
     except ValueError as error:
-        raise DataError(f"{file.place}: sample {members[0].stem}: {error}; expected a whole number") from error
+        raise DataError(f"{file.place}: sample {name}: {error}") from error
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"-?\d{1,18}", text.strip(), re.ASCII):
+        raise ValueError(f"{text[:40]!r}, expected a whole number of 64 bits")
+    return int(text)
 
 
 def _label(text: str) -> int | list[float]:
     if not text.lstrip().startswith("["):
-        return int(text)
-    return [float(value) for value in json.loads(text)]
+        return checked_label(_whole(text))
+    try:
+        values = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists within lists, expected one of numbers") from error
+    return checked_label(values)
+
+
+def checked_label(label: int | list[float]) -> Any:
+    """A whole number from -1 on, or a list of finite ones from -1 on (as floats).
+
+    Raises:
+        ValueError: anything else.
+    """
+    for value in label if isinstance(label, list) else [label]:
+        if type(value) not in (int, float) or not -1 <= value < 2**63:
+            raise ValueError(f"a label of {str(value)[:40]}, expected numbers from -1 on")
+    return [float(value) for value in label] if isinstance(label, list) else label

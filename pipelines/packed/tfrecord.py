@@ -13,11 +13,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from pipelines.packed.files import StoredFile, read_at
-from pipelines.packed.tar import Scanned
+from pipelines.packed.tar import Scanned, checked_label
 from pipelines.stored.images import DataError
 
 Value = bytes | list[int] | list[float]
 _AROUND = 16  # bytes of a record besides the message
+_MOST_NUMBERS = 1 << 20  # in a list; as Python's numbers they take 36 bytes each
 _LENGTH_DELIMITED, _VARINT, _FIXED32 = 2, 0, 5  # protobuf's wire types
 
 
@@ -80,17 +81,28 @@ def _sample(features: Mapping[str, tuple[Value, int]], start: int) -> Scanned:
     if not isinstance(image, bytes) or not image:
         raise ValueError(f"no image/encoded, only {', '.join(sorted(features))}")
 
-    def number(key: str) -> int | None:
-        values = features[key][0] if key in features else []
-        return int(values[0]) if isinstance(values, list) and len(values) == 1 else None
+    def number(key: str, least: int, most: int) -> int | None:
+        values = features.get(key, ([], 0))[0]
+        if not len(values):
+            return None
+        if not isinstance(values, list) or type(values[0]) is not int or not least <= values[0] <= most:
+            raise ValueError(f"{key} is {_shown(values)}, expected a whole number from {least} to {most:,}")
+        return values[0]
 
     label: int | list[float] | None = None
     stored = features.get("image/class/label", ([], 0))[0]
-    if isinstance(stored, list) and stored:
-        label = [float(v) for v in stored] if isinstance(stored[0], float) or len(stored) > 1 else int(stored[0])
-    height, width = number("image/height"), number("image/width")
+    if isinstance(stored, bytes):
+        raise ValueError(f"image/class/label is the text {_shown(stored)}, expected numbers")
+    if stored:
+        several = isinstance(stored[0], float) or len(stored) > 1
+        label = checked_label([float(v) for v in stored] if several else int(stored[0]))
+    height, width = (number(f"image/{side}", 1, (1 << 31) - 1) for side in ("height", "width"))
     size = (height, width) if height is not None and width is not None else None
-    return Scanned(number("index"), label, start + place, len(image), size)
+    return Scanned(number("index", 0, (1 << 63) - 1), label, start + place, len(image), size)
+
+
+def _shown(values: Value) -> str:
+    return repr(values[:8]) + (" ..." if len(values) > 8 else "")
 
 
 def _checksum(data: bytes) -> bytes:
@@ -140,6 +152,8 @@ def _list(message: bytes, kind: int, begin: int, end: int) -> tuple[Value, int]:
     ints: list[int] = []
     floats: list[float] = []
     for _, wire, value, first, last in _fields(message, begin, end):
+        if kind > 1 and max(last - first, len(ints), len(floats)) > _MOST_NUMBERS:
+            raise ValueError(f"a list of more than {_MOST_NUMBERS:,} numbers; images are stored as bytes")
         if kind == 1 and wire == _LENGTH_DELIMITED:
             return message[first:last], first  # the first of a list: an image has one
         if kind == 2:

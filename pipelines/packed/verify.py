@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipelines.packed.checking import FileCheck, check_file, check_images
+from pipelines.packed.encode import Format
 from pipelines.packed.files import StoredFile, exists, find_file, is_url, join
 from pipelines.packed.images import BetonImages, PackedImages
 from pipelines.packed.journal import FOLDER
@@ -43,14 +45,13 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
     Raises:
         DataError: there is nothing of the kind at `place`.
     """
-    kinds = {".beton": "ffcv", ".tar": "webdataset", ".tfrecord": "tfrecord"}
-    kind = kinds.get(os.path.splitext(place)[1])
+    manifest = read_manifest(place)
+    kind = None if manifest is not None or os.path.isdir(place) else _kind(place)
     if kind is not None:
         file = find_file(place)
         one = Verified(os.path.basename(place), files=1, bytes=file.size)
         _check_images(one, _opened(one, lambda: _foreign(file, kind)), workers, progress)
         return [one]
-    manifest = read_manifest(place)
     if manifest is None:
         if exists(join(place, f"{FOLDER}/plan.json")):
             raise DataError(f"{place}: the conversion is not finished; the command that began it goes on with it")
@@ -69,11 +70,25 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
     return found
 
 
-def _foreign(file: StoredFile, kind: str) -> PackedImages:
+def _kind(place: str) -> Format | None:
+    """By the name; TensorFlow likes to number shards behind the ending, as in `x.tfrecord-00000-of-01024`."""
+    kinds: dict[str, Format] = {".beton": "ffcv", ".tar": "webdataset", ".tfrecord": "tfrecord"}
+    name = os.path.basename(place)
+    numbered = re.search(r"-\d+-of-\d+$", name) is not None
+    return "tfrecord" if numbered or "tfrecord" in name else kinds.get(os.path.splitext(name)[1])
+
+
+def _foreign(file: StoredFile, kind: Format) -> PackedImages:
     if kind == "ffcv":
-        return BetonImages(file.place)
-    table = scan_shards((file,), "webdataset" if kind == "webdataset" else "tfrecord")[0]
-    return PackedImages((file,), table, kind)
+        images: PackedImages = BetonImages(file.place)
+    else:
+        images = PackedImages((file,), scan_shards((file,), kind)[0], kind)
+    label = images.table.label
+    odd = ~((label >= -1) & np.isfinite(label)).reshape(len(label), -1).all(1)
+    if odd.any():
+        row = int(np.argmax(odd))
+        raise DataError(f"{images.where(row)} has the label {label[row]}; expected numbers from -1 on")
+    return images
 
 
 def _opened(one: Verified, open_them: Callable[[], PackedImages]) -> PackedImages | None:
