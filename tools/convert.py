@@ -6,6 +6,9 @@
 
 The source is a name that data.source takes (with --root), a folder of images, or a packed folder or URL. The result
 is used by data.root=packed/cifar10 with the same data.source. The same command resumes what was stopped.
+
+The exit code is 0 where all is packed, 1 where images could not be read (0 with --skip-bad) or a verification found
+defects, 2 where it could not be done. Files that are not named like images fail nothing; skipped.jsonl lists them too.
 """
 
 from __future__ import annotations
@@ -33,10 +36,16 @@ if TYPE_CHECKING:  # imported when needed: worker processes import this module, 
 _SHOWN = 20  # defects
 _OVERRIDES = ("source", "download", "class_list")
 
+_SKIP_BAD = (
+    "Images that cannot be read are no failure. Files that are not named like images never are: they are counted, and "
+    "listed in skipped.jsonl."
+)
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-console = Console(highlight=False, soft_wrap=True)
+# Names of files and classes are shown as they are: [bold] and :smile: have no meaning in them.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 if not console.is_terminal:
-    console = Console(highlight=False, soft_wrap=True, width=120)  # a log
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False, width=120)  # a log
 
 
 @app.command()
@@ -67,7 +76,7 @@ def main(
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes; 0: only this one; one a core unless given.")
     ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Images that cannot be read are no failure.")] = False,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help=_SKIP_BAD)] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read everything again; without DEST, of SOURCE.")] = False,
 ) -> None:
     """Pack a set of images into a few large files; or, with --verify alone, check one."""
@@ -108,7 +117,7 @@ def _convert(config: DataConfig, destination: Path, options: Any, parts: str | N
         raise _misuse(f"--parts {parts}: expected train, test or train,test")
     source, remarks = gather(config, wanted)
     for remark in remarks:
-        console.print(remark)
+        console.print(_printable(remark))
     start = time.perf_counter()
     with _progress() as bar:
         task = bar.add_task("converting", total=sum(len(part.index) for part in source.parts))
@@ -172,7 +181,7 @@ def _verify(place: str, workers: int) -> int:
     console.print(table)
     defects = [defect for one in found for defect in one.defects]
     for defect in defects[:_SHOWN]:
-        console.print(f"  {defect}")
+        console.print(f"  {_printable(defect)}")
     if len(defects) > _SHOWN:
         console.print(f"  and {len(defects) - _SHOWN:,} more")
     return 1 if defects else 0
@@ -240,6 +249,11 @@ def _readable_errors() -> Iterator[None]:
     except (DataError, WorkerError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+
+
+def _printable(text: str) -> str:
+    """With names that are not UTF-8 escaped: a terminal cannot show them."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _cores() -> int:

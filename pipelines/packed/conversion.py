@@ -18,7 +18,7 @@ from pipelines.packed.finishing import finish_part, publish
 from pipelines.packed.journal import FOLDER, Journal, refuse_difference
 from pipelines.packed.manifest import Manifest, Statistics, read_manifest
 from pipelines.packed.pool import run_tasks
-from pipelines.packed.worker import Chunk, dali_index_path, data_path, pack_chunk
+from pipelines.packed.worker import CONTINUES, Chunk, dali_index_path, data_path, pack_chunk
 from pipelines.stored.images import ArrayImages, DataError, FileImages, Images
 
 _BETON_CHUNK = 64 << 20  # bytes
@@ -46,9 +46,11 @@ class SetSource:
     parts: tuple[PartSource, ...]
     statistics: Statistics | None  # None: known for this set, or to be measured on what is packed
     measure: bool = False
+    chosen: bool = False  # its classes are some of more, by data.class_list
+    folder: Path | None = None  # that holds the set and nothing else, so that nothing is to be written there
 
     def fingerprint(self) -> str:
-        """Hash of labels, positions, and names and sizes of files (or pixels of arrays)."""
+        """Hash of labels, positions, and names, sizes and dates of files (or pixels of arrays)."""
         digest = hashlib.blake2b("\0".join((self.name, *self.classes)).encode(), digest_size=16)
         for part in self.parts:
             for array in (part.label, part.index):
@@ -91,10 +93,13 @@ def convert(
         progress: told the number of images done, again and again; those of an earlier attempt first.
 
     Raises:
-        DataError: it would not fit on the disk, the destination holds something else, or no image can be packed.
+        DataError: it would not fit on the disk, cannot be written, the destination holds something else, or no image
+            can be packed.
         WorkerError: a worker process failed or died; the same call resumes.
     """
-    options, fingerprint = options.settled(), source.fingerprint()
+    options = options.settled()
+    _refuse_inside(source, destination)
+    fingerprint = source.fingerprint()
     identity = {
         "source": source.name,
         "options": asdict(options),
@@ -110,17 +115,43 @@ def convert(
         return Result(done, already_done=True)
     journal = Journal(destination, identity)
     try:
-        planned(_plan(journal, source, options))
-        _drop_lost(journal, options)
-        progress(sum(len(entry["rows"]["index"]) + len(entry["skipped"]) for entry in journal.entries))
-        _pack(journal, source, options, workers, progress)
-        parts = {part.name: finish_part(part, journal, options) for part in source.parts}
-        manifest = publish(source, parts, journal, options, fingerprint)
-    except BaseException:
+        return Result(_convert(source, journal, options, fingerprint, workers, planned, progress), already_done=False)
+    except OSError as error:
+        place = error.filename or destination
+        raise DataError(f"cannot write {place}: {error.strerror or error}; {CONTINUES}") from error
+    finally:
         journal.close()
-        raise
+
+
+def _refuse_inside(source: SetSource, destination: Path) -> None:
+    """What is written into a folder of images would be taken for images, or for a class of its own."""
+    folders = [source.folder] if source.folder is not None else []
+    folders += [part.images.root for part in source.parts if isinstance(part.images, FileImages)]
+    there = destination.resolve()
+    for folder in folders:
+        if there == folder.resolve() or folder.resolve() in there.parents:
+            raise DataError(
+                f"the destination {destination} is the source's folder {folder}, or inside of it; give a folder elsewhere"
+            )
+
+
+def _convert(
+    source: SetSource,
+    journal: Journal,
+    options: Options,
+    fingerprint: str,
+    workers: int,
+    planned: Callable[[Estimate], None],
+    progress: Callable[[int], None],
+) -> Manifest:
+    planned(_plan(journal, source, options))
+    _drop_lost(journal, options)
+    progress(sum(len(entry["rows"]["index"]) + len(entry["skipped"]) for entry in journal.entries))
+    _pack(journal, source, options, workers, progress)
+    parts = {part.name: finish_part(part, journal, options) for part in source.parts}
+    manifest = publish(source, parts, journal, options, fingerprint)
     journal.close(finished=True)
-    return Result(manifest, already_done=False)
+    return manifest
 
 
 def _plan(journal: Journal, source: SetSource, options: Options) -> Estimate:
@@ -245,7 +276,8 @@ def _feed(images: Images, digest: Any) -> None:
     folder = os.fsencode(images.root)
     for name in images.names.tolist():
         try:
-            size = os.stat(os.path.join(folder, name)).st_size
+            facts = os.stat(os.path.join(folder, name))
+            told = f"|{facts.st_size}|{facts.st_mtime_ns}"
         except OSError:
-            size = -1  # reported when its turn comes
-        digest.update(name + f"|{size}".encode())
+            told = "|-1"  # reported when its turn comes
+        digest.update(name + told.encode())

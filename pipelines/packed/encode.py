@@ -38,8 +38,11 @@ class Options:
     def settled(self) -> Options:
         """With what has no effect set to its default, so that equal results have equal options."""
         usual, shards, mixed = Options(), self.to != "ffcv", self.write_mode == "proportion"
+        lossless = self.write_mode == "raw"
         return replace(
             self,
+            quality=usual.quality if lossless else self.quality,
+            jpeg=usual.jpeg if lossless else self.jpeg,
             raw_share=self.raw_share if mixed else usual.raw_share,
             shard_mb=self.shard_mb if shards else usual.shard_mb,
             shuffle=self.shuffle if shards else None,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from pipelines.packed.beton_writer import finish
 from pipelines.packed.encode import Options
-from pipelines.packed.journal import Journal
+from pipelines.packed.journal import Journal, is_ours
 from pipelines.packed.manifest import NAME, Manifest, Part, Range, Shard, Statistics
 from pipelines.packed.table import Table, write_index
 from pipelines.packed.worker import PARTIAL, data_path, write_file
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pipelines.packed.conversion import PartSource, SetSource
 
 SKIPPED = "skipped.jsonl"
+_DRAFT = re.compile(rf"({re.escape(NAME)}|{re.escape(SKIPPED)})\.\d+\.tmp")
 
 
 def finish_part(part: PartSource, journal: Journal, options: Options) -> Part:
@@ -83,6 +85,7 @@ def publish(
         source=source.name,
         classes=source.classes,
         options=asdict(options),
+        chosen=source.chosen,
         fingerprint=fingerprint,
         statistics=statistics,
         parts=parts,
@@ -95,10 +98,11 @@ def publish(
         ]
     folder = journal.destination
     write_file(str(folder / SKIPPED), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    for path in folder.glob("*.tmp"):  # drafts of processes that were killed
-        path.unlink()
-    for path in sorted(folder.glob(f"*{PARTIAL}")):
-        path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
+    for path in sorted(folder.iterdir()):
+        if is_ours(path.name, rf"({re.escape(PARTIAL)})?\.\d+\.tmp") or _DRAFT.fullmatch(path.name):
+            path.unlink()  # a draft of a process that was killed
+        elif is_ours(path.name, re.escape(PARTIAL)):
+            path.rename(path.with_name(path.name.removesuffix(PARTIAL)))
     _sync_folder(folder)
     write_file(str(folder / NAME), manifest.dumps().encode())
     _sync_folder(folder)

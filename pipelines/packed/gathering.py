@@ -49,7 +49,10 @@ def gather(config: DataConfig, wanted: Sequence[Name] | None) -> tuple[SetSource
             statistics = Statistics(mean=mean, std=std, image_size=side)
         except DataError as error:
             remarks.append(f"mean and deviation will be measured on the converted images: {error}")
-    return SetSource(config.source, classes, tuple(parts), statistics, measure), remarks
+    # A named set may lie in a folder of many, as ./data; where its images lie is known by then.
+    folder = config.folder if config.url is None and (config.source == "folder" or packed is not None) else None
+    chosen = config.class_list is not None
+    return SetSource(config.source, classes, tuple(parts), statistics, measure, chosen, folder), remarks
 
 
 def _part(config: DataConfig, name: Name, stored: Stored, packed: PackedSet | None) -> PartSource:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pipelines.packed.worker import PARTIAL, write_file
 from pipelines.stored.images import DataError
 
 FOLDER = ".conversion"
-_DATA = (".beton", ".tar", ".tfrecord", ".idx", ".npz")
+_DATA = r"(train|test)(\.beton|\.index\.npz|-\d{5,}\.(tar|tfrecord|idx))"
 
 
 class Journal:
@@ -37,7 +38,7 @@ class Journal:
         self._identity = identity
         destination.mkdir(parents=True, exist_ok=True)
         others = sorted(path.name for path in destination.iterdir() if path.name != FOLDER)
-        if others and not self.folder.is_dir():
+        if others and not (self.folder / "plan.json").is_file():
             raise DataError(
                 f"{destination} is not empty ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}) and holds no "
                 "unfinished conversion; give an empty or a new folder"
@@ -86,7 +87,10 @@ class Journal:
         plan = self.folder / "plan.json"
         if not plan.is_file():
             return
-        told = json.loads(plan.read_text())
+        try:
+            told = json.loads(plan.read_text())
+        except ValueError as error:
+            raise DataError(f"{plan} is damaged: {error}; remove {self.destination} and begin again") from error
         refuse_difference(self.destination, "an unfinished conversion", told["identity"], self._identity)
         with open(self.worker_lock, "a") as file:  # workers that outlived their parent finish what they are writing
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -105,8 +109,13 @@ class Journal:
             os.truncate(journal, whole)
             self.entries = list(entries.values())
         for path in self.destination.iterdir():  # killed while the files got their names
-            if path.suffix in _DATA:
+            if is_ours(path.name):
                 path.rename(path.with_name(path.name + PARTIAL))
+
+
+def is_ours(name: str, ending: str = "") -> bool:
+    """Whether a conversion gives this name to a file of images or their tables, with `ending` (a pattern) behind it."""
+    return re.fullmatch(_DATA + ending, name) is not None
 
 
 def _compact(entry: dict[str, Any]) -> dict[str, Any]:
@@ -115,11 +124,14 @@ def _compact(entry: dict[str, Any]) -> dict[str, Any]:
     return {**entry, "rows": rows}
 
 
+_CHANGED = "the source's files or labels are not those of then; a file's new date counts as a change"
+
+
 def refuse_difference(folder: Path, what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
     """Raise a DataError that tells how two conversions differ; return where they do not."""
     there, asked = (json.loads(json.dumps(_flat(settings))) for settings in (there, asked))
     differences = [
-        f"{key}: {there.get(key)!r} there, {asked.get(key)!r} now"
+        _CHANGED if key == "fingerprint" else f"{key}: {there.get(key)!r} there, {asked.get(key)!r} now"
         for key in sorted({*there, *asked})
         if there.get(key) != asked.get(key)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any, Literal
 
@@ -65,7 +66,8 @@ class Manifest(Section):
     source: str
     classes: tuple[str, ...]
     options: dict[str, Any]
-    fingerprint: str  # of the source's labels, names and sizes
+    chosen: bool = False  # by data.class_list: the source has more classes
+    fingerprint: str  # of the source's labels and files
     statistics: Statistics | None
     parts: dict[Literal["train", "test"], Part]
 
@@ -74,7 +76,8 @@ class Manifest(Section):
         return self.options["to"]
 
     def dumps(self) -> str:
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+        content = self.model_dump(mode="json")
+        return json.dumps({**content, "checksum": _checksum(content)}, indent=1) + "\n"
 
 
 def read_manifest(folder: str) -> Manifest | None:
@@ -90,13 +93,22 @@ def read_manifest(folder: str) -> Manifest | None:
     if b'"twinstream-packed"' not in data:
         return None  # somebody else's file, in a folder of images
     try:
-        manifest = Manifest.model_validate_json(data)
+        content = json.loads(data)
+        checksum = content.pop("checksum", None)
+        manifest = Manifest.model_validate_json(json.dumps(content))
+        if checksum != _checksum(content):
+            raise ValueError("its checksum is not that of its content: it was edited or damaged")
         if manifest.options.get("to") not in ("ffcv", "webdataset", "tfrecord"):
             raise ValueError(f"packed as {manifest.options.get('to')!r}")
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise DataError(f"{place}: {where}: {first['msg']}; convert the set again") from error
-    except ValueError as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{place}: not a manifest that this version reads: {error}; convert the set again") from error
     return manifest
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """SHA-256 of the content, whatever the order of the keys and the spaces."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -106,6 +106,12 @@ def find_packed(config: DataConfig) -> PackedSet | None:
             f"{folder} was packed from the source {manifest.source!r}, and data.source is {config.source!r}; set "
             f"data.source={manifest.source}, or give another data.root"
         )
+    if manifest.chosen and config.class_list is None and not subset:
+        raise DataError(
+            f"{folder} holds only {len(manifest.classes):,} classes of {manifest.source}, those of a data.class_list: "
+            f"{', '.join(manifest.classes[:5])}{' ...' if len(manifest.classes) > 5 else ''}; set data.class_list to a "
+            f"list of some or all of them, or convert all of {manifest.source}"
+        )
     return PackedSet(folder, manifest)
 
 

@@ -14,6 +14,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from pipelines.stored.images import DataError
+
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 
 
@@ -56,7 +58,8 @@ def run_tasks(
         progress: told the numbers that workers give to `Channel.progress`.
 
     Raises:
-        WorkerError: the task raised (with its traceback), or its process died.
+        WorkerError: the task raised (DataError and OSError by their message, others with the traceback), or its
+            process died.
     """
 
     def handle(kind: str, value: Any) -> Any:
@@ -83,24 +86,18 @@ def run_tasks(
                 process.start()
                 theirs.close()
                 processes[ours] = process
-                ours.send(task)
+                _send(processes, ours, task)
         while processes:
             for connection in wait(list(processes)):
                 assert isinstance(connection, Connection)
                 try:
                     kind, value = connection.recv()
                 except (EOFError, ConnectionError) as error:
-                    process = processes[connection]
-                    process.join(5)
-                    raise WorkerError(
-                        f"a worker process died (exit code {process.exitcode}"
-                        f"{': killed, perhaps for want of memory' if process.exitcode == -signal.SIGKILL else ''}); "
-                        "use fewer --workers if memory was short; the same command continues where this one stopped"
-                    ) from error
+                    raise _died(processes[connection]) from error
                 if kind == "failed":
                     raise WorkerError(value)
                 if kind == "ask":
-                    connection.send(handle(kind, value))
+                    _send(processes, connection, handle(kind, value))
                 elif kind == "progress":
                     handle(kind, value)
                 else:
@@ -109,13 +106,29 @@ def run_tasks(
                         processes.pop(connection).join(0)
                         connection.close()  # the worker ends by itself
                     else:
-                        connection.send(task)
+                        _send(processes, connection, task)
                     yield value
     finally:
         for connection, process in processes.items():
             process.kill()
             process.join()
             connection.close()
+
+
+def _send(processes: dict[Connection, Any], connection: Connection, value: Any) -> None:
+    try:
+        connection.send(value)
+    except ConnectionError as error:
+        raise _died(processes[connection]) from error
+
+
+def _died(process: Any) -> WorkerError:
+    process.join(5)
+    killed = ": killed, perhaps for want of memory" if process.exitcode == -signal.SIGKILL else ""
+    return WorkerError(
+        f"a worker process died (exit code {process.exitcode}{killed}); use fewer --workers if memory was short; the "
+        "same command continues where this one stopped"
+    )
 
 
 def _serve(connection: Connection, work: Work) -> None:
@@ -132,6 +145,9 @@ def _serve(connection: Connection, work: Work) -> None:
                 result = work(task, Channel(send))
             except (EOFError, ConnectionError):
                 raise
+            except (DataError, OSError) as error:  # a user can mend it: a traceback would only hide it
+                connection.send(("failed", str(error)))
+                return
             except Exception as error:
                 connection.send(("failed", f"{error}\n\n{traceback.format_exc()}"))
                 return

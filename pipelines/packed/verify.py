@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from pipelines.packed.encode import Format
 from pipelines.packed.files import StoredFile, exists, find_file, is_url, join
 from pipelines.packed.images import BetonImages, PackedImages
 from pipelines.packed.journal import FOLDER
-from pipelines.packed.manifest import Manifest, read_manifest
+from pipelines.packed.manifest import NAME, Manifest, Part, read_manifest
 from pipelines.packed.opening import open_images
 from pipelines.packed.pool import run_tasks
 from pipelines.packed.scanning import scan_shards
@@ -63,6 +64,7 @@ def verify(place: str, *, workers: int, progress: Callable[[int], None] = lambda
     for name, part in manifest.parts.items():
         one = Verified(name, files=len(part.shards), bytes=sum(shard.bytes for shard in part.shards))
         images = _opened(one, lambda name=name: open_images(place, manifest, name))  # type: ignore[misc]
+        one.defects += [] if images is None else _differences(place, manifest.parts[name], manifest, images)
         for defects in run_tasks(_file_checks(place, name, manifest, images), check_file, workers):
             one.defects += defects
         _check_images(one, images, workers, progress)
@@ -111,6 +113,29 @@ def _check_images(one: Verified, images: PackedImages | None, workers: int, prog
     for found in run_tasks(tasks, check_images, workers, progress=progress):
         defects += found
     one.defects += [defect for _, defect in sorted(defects)]
+
+
+def _differences(place: str, part: Part, manifest: Manifest, images: PackedImages) -> list[str]:
+    """Figures of the manifest that are not those of the tables."""
+    table = images.table
+    shards = np.bincount(table.shard, minlength=len(part.shards)).tolist()
+    pairs: list[tuple[str, Any, Any]] = [
+        ("samples of the files", [shard.samples for shard in part.shards], shards),
+        ("kept + encoded + raw", part.kept + part.encoded + part.raw, len(table)),
+    ]
+    if manifest.to == "ffcv":
+        pairs.append(("raw", part.raw, int(table.raw.sum())))
+    for name in ("height", "width"):
+        sides = getattr(table, name)
+        told, found = getattr(part, name), (int(sides.min()), float(np.median(sides)), int(sides.max()))
+        pairs.append((f"least, median and largest {name}", (told.min, told.median, told.max), found))
+    if part.class_counts is not None:
+        count = np.bincount(table.label[table.label >= 0], minlength=len(manifest.classes))
+        lost = np.array(part.class_counts) - count  # those that were skipped
+        if len(part.class_counts) != len(manifest.classes) or lost.min() < 0 or lost.sum() > part.skipped:
+            pairs.append(("class_counts", list(part.class_counts), f"{count.tolist()} and {part.skipped} skipped"))
+    place = join(place, NAME)
+    return [f"{place}: {what}: {told}, and {found} by the tables" for what, told, found in pairs if told != found]
 
 
 def _file_checks(folder: str, name: str, manifest: Manifest, images: PackedImages | None) -> Iterator[FileCheck]:

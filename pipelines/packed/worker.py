@@ -18,10 +18,11 @@ from pipelines.packed import tar, tfrecord
 from pipelines.packed.beton_writer import LONGEST, label_bytes
 from pipelines.packed.encode import BadImage, Encoded, Options, encode
 from pipelines.packed.pool import Channel
-from pipelines.stored.images import FileImages, Images
+from pipelines.stored.images import DataError, FileImages, Images
 
 PARTIAL = ".partial"  # the ending of all data until the whole set is packed
 
+CONTINUES = "mend that, and the same command continues where this one stopped"
 _REPORTED = 16  # images at a time
 
 
@@ -48,8 +49,14 @@ class Writer(Protocol):
 
 
 def pack_chunk(chunk: Chunk, channel: Channel) -> dict[str, Any]:
-    """Write a chunk; its line for the journal (JSON)."""
-    with shared_lock(chunk.lock):
+    """Write a chunk; its line for the journal (JSON).
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    with shared_lock(chunk.lock), _naming(data_path(chunk.folder, chunk.part, chunk.number, chunk.options.to)):
+        # With the lock held: if the parent is gone, another one may have finished this chunk. This would raise.
+        channel.progress(0)
         writer: Writer = BetonWriter(chunk, channel) if chunk.options.to == "ffcv" else ShardWriter(chunk)
         rows: dict[str, list[int]] = {name: [] for name in ("index", "height", "width", "raw")}
         encodings: Counter[str] = Counter()
@@ -96,6 +103,16 @@ def shared_lock(path: str) -> Iterator[None]:
     with open(path, "a") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError:  # the parent is gone
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror or error}; {CONTINUES}") from error
 
 
 class BetonWriter:

@@ -62,6 +62,31 @@ def test_a_dead_worker_is_an_error() -> None:
     assert multiprocessing.active_children() == []
 
 
+def refuse(task: int, channel: Channel) -> int:
+    raise OSError(28, "No space left on device", "there")
+
+
+def ask_and_die(task: int, channel: Channel) -> int:
+    channel._send.__closure__[0].cell_contents.send(("ask", task))  # type: ignore[attr-defined]
+    os.kill(os.getpid(), signal.SIGKILL)
+    return task
+
+
+def test_what_a_user_can_mend_comes_without_a_traceback() -> None:
+    with pytest.raises(WorkerError) as caught:
+        list(run_tasks([0], refuse, 1))
+    assert str(caught.value) == "[Errno 28] No space left on device: 'there'"
+
+
+def test_a_worker_that_dies_before_it_is_answered_is_an_error() -> None:
+    def answer(question: int) -> bytes:
+        time.sleep(0.5)  # until it is dead
+        return bytes(1 << 20)
+
+    with pytest.raises(WorkerError, match=r"died \(exit code -9: killed"):
+        list(run_tasks([0], ask_and_die, 1, answer=answer))
+
+
 def test_a_stop_takes_the_workers_along() -> None:
     def interrupt(images: int) -> None:
         raise KeyboardInterrupt

@@ -6,6 +6,7 @@ import functools
 import http.server
 import importlib.util
 import io
+import json
 import re
 import shutil
 import threading
@@ -19,7 +20,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from pipelines.packed.manifest import Manifest
+from pipelines.packed.manifest import read_manifest
 from pipelines.sources import DataConfig, DataError, Source, Split, describe, open_source
 from pipelines.stored import arrays
 from tests.pipelines.packing import as_packed, pack, photo, photo_tree
@@ -156,6 +157,23 @@ def test_all_of_imagenet_serves_its_subsets(imagenet: Path) -> None:
         )
 
 
+def test_a_choice_of_imagenet_is_not_taken_for_all_of_it(imagenet: Path) -> None:
+    config = DataConfig(source="imagenet", root=imagenet, class_list=imagenet / "mine.txt", holdout=0.25)
+    pack(config, imagenet / "packed")
+    packed = as_packed(config, imagenet / "packed")
+    assert_alike(config, packed)
+    message = r"holds only 2 classes of imagenet, those of a data\.class_list: n03, n01; set data\.class_list"
+    with pytest.raises(DataError, match=message):
+        open_source(packed.model_copy(update={"class_list": None}), "train")
+    pack(packed, imagenet / "again", to="tfrecord")
+    with pytest.raises(DataError, match=message):
+        describe(as_packed(config, imagenet / "again").model_copy(update={"class_list": None}))
+    (imagenet / "packed" / "imagenet50.txt").write_text("n01\n")
+    (imagenet / "imagenet50.txt").write_text("n01\n")
+    subset = DataConfig(source="imagenet50", root=imagenet)
+    assert_alike(subset, as_packed(subset, imagenet / "packed"))
+
+
 def test_positions_stay_where_images_were_left_out(imagenet: Path) -> None:
     bad = sorted((imagenet / "imagenet" / "train" / "n02").iterdir())[1]
     whole = DataConfig(source="imagenet", root=imagenet, holdout=0.0)
@@ -195,12 +213,16 @@ def test_manifests_are_read_with_suspicion(tmp_path: Path) -> None:
     manifest = pack(config, tmp_path / "packed")
     path, again = tmp_path / "packed" / "manifest.json", as_packed(config, tmp_path / "packed")
     text = path.read_text()
-    assert Manifest.model_validate_json(text) == manifest
+    assert read_manifest(str(tmp_path / "packed")) == manifest
+    path.write_text(json.dumps(json.loads(text), indent=4, sort_keys=True))  # another layout is no other content
+    assert read_manifest(str(tmp_path / "packed")) == manifest
     for old, new, message in (
         ("train.beton", "../tree/a/0.jpg", r"name: String should match"),
         ('"version": 1', '"version": 2', r"version: Input should be 1"),
-        (r'"count": 4', '"count": 5', r"4 train images, and 5 by the manifest"),
-        ("}", "", r"Invalid JSON"),
+        ('"count": 4', '"count": 5', r"its checksum is not that of its content"),
+        ('"checksum": "', '"checksum": "0', r"its checksum is not that of its content"),
+        ("}", "", r"not a manifest"),
+        ("{", "[" * 100_000, r"not a manifest"),
     ):
         assert old in text
         path.write_text(text.replace(old, new))

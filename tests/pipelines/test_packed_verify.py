@@ -131,6 +131,27 @@ def test_verify_finds_damage_in_shards(to: str, tree: Path, tmp_path: Path) -> N
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("to", ["ffcv", "webdataset"])
+def test_verify_compares_the_manifests_figures(to: str, tree: Path, tmp_path: Path) -> None:
+    manifest = pack(DataConfig(source="folder", root=tree), tmp_path / "packed", to=to)
+    part = manifest.parts["train"]
+    (shard,) = part.shards
+    counts = part.class_counts
+    assert counts is not None
+    for name, value, message in (
+        ("kept", part.kept - 1, "kept + encoded + raw: 8, and 9 by the tables"),
+        ("shards", (shard.model_copy(update={"samples": 8}),), "samples of the files: [8], and [9]"),
+        ("height", part.height.model_copy(update={"max": 999}), "least, median and largest height"),
+        ("width", part.width.model_copy(update={"median": 3.0}), "least, median and largest width"),
+        ("class_counts", (counts[0] + 1, counts[1]), "class_counts: ["),
+    ):
+        wrong = manifest.model_copy(update={"parts": {"train": part.model_copy(update={name: value})}})
+        (tmp_path / "packed" / "manifest.json").write_text(wrong.dumps())  # by who knows the checksum
+        result = run(tmp_path / "packed", "--verify")
+        assert result.exit_code == 1
+        assert message in result.output, result.output
+
+
 def test_verify_lists_the_first_twenty(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree", {"a": 60})
     pack(DataConfig(source="folder", root=tmp_path / "tree"), tmp_path / "packed", to="tfrecord")
@@ -139,6 +160,7 @@ def test_verify_lists_the_first_twenty(tmp_path: Path) -> None:
     np.savez(index, **{**arrays, "width": arrays["width"] + (np.arange(60) < 50)})
     result = run(tmp_path / "packed", "--verify")
     assert result.exit_code == 1
-    assert result.output.count("by the table") == 19
+    assert result.output.count("by the table\n") == 18
     assert "width is not what" in result.output
-    assert "and 31 more" in result.output
+    assert "largest width: (10, 10.0, 10), and (10, 11.0, 11) by the tables" in result.output
+    assert "and 32 more" in result.output

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -17,8 +19,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from pipelines.jpeg.decoder import jpeg_decoder
-from pipelines.packed import conversion, encode, finishing
+from pipelines.packed import conversion, encode, finishing, worker
+from pipelines.packed.gathering import gather
 from pipelines.packed.journal import Journal
+from pipelines.packed.pool import Channel
 from pipelines.sources import DataConfig, open_source
 from tests.pipelines.packing import pack, photo, photo_tree, run
 from tests.pipelines.stored_sets import noise
@@ -261,11 +265,90 @@ def test_lost_files_are_written_again(tree: Path, tmp_path: Path, monkeypatch: p
 
 
 def test_a_source_that_changed_is_not_resumed(tree: Path, packed: Path) -> None:
+    path = tree / "a" / "0.jpg"
+    facts = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])  # of the same size
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1))
+    result = run(tree, packed, "--to", "ffcv")
+    assert result.exit_code == 2
+    message = "(the source's files or labels are not those of then; a file's new date counts as a change)"
+    assert message in result.output
     photo(10, 10, 99).save(tree / "a" / "more.jpg")
     result = run(tree, packed, "--to", "ffcv")
     assert result.exit_code == 2
-    assert "fingerprint" in result.output
+    assert "the source's files or labels are not those of then" in result.output
     assert "train: 9 there, 10 now" in result.output
+
+
+def test_a_full_disk_is_said_in_one_line(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for to, where, name in (
+        ("ffcv", (os, "pwrite"), "train.beton.partial"),
+        ("webdataset", (os, "fsync"), "packed"),
+        ("tfrecord", (worker.ShardWriter, "_write"), "train-00000.tfrecord.partial"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(*where, full)
+            result = run(tree, tmp_path / to / "packed", "--to", to)
+        assert result.exit_code == 2
+        (line,) = result.output.splitlines()[-1:]
+        assert re.search(rf"error: cannot write .*{name}.*: No space left on device; .*the same command contin", line)
+        assert "Traceback" not in result.output
+        assert run(tree, tmp_path / to / "packed", "--to", to, "--verify").exit_code == 0
+
+
+def test_other_files_in_an_unfinished_folder_are_left_alone(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "packed"
+    with monkeypatch.context() as patched:
+        patched.setattr(conversion, "publish", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(tree, packed, "--to", "webdataset").exit_code == 130
+    mine = {"notes.tmp", "mine.tar", "letter.partial", "train-1.npz", "manifest.tmp"}
+    for name in mine:
+        (packed / name).write_text(name)
+    (packed / "manifest.json.123.tmp").write_text("a draft of a process that was killed")
+    (packed / "train-00007.tar.partial.123.tmp").write_text("another one")
+    assert run(tree, packed, "--to", "webdataset").exit_code == 0
+    ours = {"manifest.json", "skipped.jsonl", "train-00000.tar", "train-00000.idx", "train.index.npz"}
+    assert {path.name for path in packed.iterdir()} == mine | ours
+    assert all((packed / name).read_text() == name for name in mine)
+
+
+def test_a_folder_is_taken_for_unfinished_by_its_plan_alone(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "packed" / ".conversion").mkdir(parents=True)
+    (tmp_path / "packed" / "train.beton").write_text("mine")
+    result = run(tree, tmp_path / "packed", "--to", "ffcv")
+    assert result.exit_code == 2
+    assert "is not empty (train.beton)" in result.output
+    assert (tmp_path / "packed" / "train.beton").read_text() == "mine"
+
+
+def test_a_late_worker_touches_nothing(tree: Path, tmp_path: Path) -> None:
+    """Its parent was killed, another one finished the chunk; then the worker gets its turn."""
+
+    def gone(kind: str, value: Any) -> Any:
+        raise BrokenPipeError
+
+    source, _ = gather(DataConfig(source="folder", root=tree), None)
+    (part,) = source.parts
+    finished = tmp_path / "train-00000.tar.partial"
+    finished.write_text("finished")
+    lock = str(tmp_path / "lock")
+    options = encode.Options(to="webdataset")
+    chunk = worker.Chunk(str(tmp_path), lock, "train", 0, part.images, part.index, part.label, options)
+    with pytest.raises(BrokenPipeError):
+        worker.pack_chunk(chunk, Channel(gone))
+    assert finished.read_text() == "finished"
+
+
+def test_what_has_no_effect_is_no_difference(tree: Path, tmp_path: Path) -> None:
+    for to in ("ffcv", "webdataset"):
+        command = tree, tmp_path / to, "--to", to, "--write-mode", "raw"
+        assert run(*command).exit_code == 0
+        assert "already done" in run(*command, "--quality", 50, "--jpeg", "encode").output
 
 
 # ---- refusals -------------------------------------------------------------------------------------------
@@ -293,6 +376,32 @@ def test_commands_that_make_no_sense_are_refused(tree: Path, tmp_path: Path) -> 
         assert result.exit_code == 2, result.output
         assert message in " ".join(result.output.split()), result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_a_destination_inside_the_source_is_refused(tree: Path, packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tree)
+    before = sorted(tmp_path.rglob("*"))
+    inside = ((tree, tree), (tree, tree / "packed"), (tree, tmp_path / "link" / "a" / "b"), (packed, packed / "again"))
+    for source, destination in inside:
+        result = run(source, destination, "--to", "ffcv")
+        assert result.exit_code == 2
+        assert f"the destination {destination} is the source's folder {source}, or inside of it" in result.output
+    assert sorted(tmp_path.rglob("*")) == before
+    photo_tree(tmp_path / "data" / "imagenet" / "train", {"n01": 2})
+    command = "imagenet", "--root", tmp_path / "data", "--to", "ffcv"
+    result = run(*command[:1], tmp_path / "data" / "imagenet" / "train" / "packed", *command[1:])
+    assert "is the source's folder" in result.output
+    assert run(*command[:1], tmp_path / "data" / "packed", *command[1:]).exit_code == 0  # beside the images
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    tree = tmp_path / "[bold]x[/red] :smile:"
+    photo_tree(tree, {"a": 2})
+    (tree / "a" / "[blue].jpg").write_bytes(b"")
+    result = run(tree, tmp_path / "[/packed]", "--to", "ffcv", "--verify")
+    assert result.exit_code == 1
+    assert f"{tree}/a/[blue].jpg" in result.output
+    assert f"{tmp_path}/[/packed]: verified" in result.output
 
 
 def test_what_cannot_fit_is_refused(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
