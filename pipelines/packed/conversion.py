@@ -131,7 +131,8 @@ def _refuse_inside(source: SetSource, destination: Path) -> None:
     for folder in folders:
         if there == folder.resolve() or folder.resolve() in there.parents:
             raise DataError(
-                f"the destination {destination} is the source's folder {folder}, or inside of it; give a folder elsewhere"
+                f"the destination {destination} is the source's folder {folder}, or inside of it; give a folder "
+                "elsewhere"
             )
 
 

@@ -7,8 +7,10 @@ Objects that read hold names only, so they travel to worker processes as they ar
 from __future__ import annotations
 
 import os
+import re
 import stat
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.stored.images import DataError
+
+_PAUSES = 0.5, 2.0  # seconds between tries, where a server failed or a connection broke
+_PATIENCE = 60.0  # seconds without a byte
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,10 @@ def find_file(place: str | Path) -> StoredFile:
     """
     place = os.fspath(place)
     if is_url(place):
-        return StoredFile(place, _remote(place, lambda system, path: int(system.info(path)["size"])))
+        size = _remote(place, lambda system, path: system.info(path)["size"])
+        if size is None:
+            raise DataError(f"cannot read {place}: the server does not tell its size (no Content-Length); use another")
+        return StoredFile(place, int(size))
     try:
         facts = os.stat(place)
     except OSError as error:
@@ -51,8 +59,16 @@ def find_file(place: str | Path) -> StoredFile:
 
 
 def exists(place: str) -> bool:
+    """Whether there is such a file.
+
+    Raises:
+        DataError: the URL's server does not say.
+    """
     if is_url(place):
-        return bool(_remote(place, lambda system, path: system.isfile(path)))
+        try:
+            return bool(_remote(place, lambda system, path: system.info(path)["type"] == "file"))
+        except _AbsentError:
+            return False
     return os.path.isfile(place)
 
 
@@ -78,7 +94,12 @@ def read_at(file: StoredFile, offset: int, length: int) -> bytes:
                 if not more:
                     break
                 data += more
-    if len(data) != length:
+    if len(data) > length:
+        raise DataError(
+            f"{file.place}: the server sends {len(data):,} bytes where {length:,} are asked for: it does not know "
+            "ranges; use one that does, or copy the folder here and set data.root"
+        )
+    if len(data) < length:
         raise DataError(
             f"{file.place}: ends after {offset + len(data):,} bytes, expected {file.size:,}; it was cut off"
         )
@@ -99,17 +120,57 @@ def _version(facts: os.stat_result) -> tuple[int, int, int]:
     return facts.st_dev, facts.st_ino, facts.st_mtime_ns
 
 
-def _remote(place: str, action: Any) -> Any:
-    try:
-        from fsspec.core import url_to_fs
+class _AbsentError(DataError):
+    """The server says that there is no such file: nothing else does."""
 
-        return action(*url_to_fs(place))
-    except ImportError as error:  # fsspec's message names the package, say s3fs
-        raise DataError(f"cannot open {place}: {error}") from error
-    except Exception as error:  # every protocol has its own
-        raise DataError(
-            f"cannot read {place}: {type(error).__name__}: {error}; check the URL and the network"
-        ) from error
+
+def _remote(place: str, action: Any) -> Any:
+    """What `action` returns, of a file system and a path in it; tried again where another try may help."""
+    for pause in (*_PAUSES, None):
+        try:
+            from fsspec.core import url_to_fs
+
+            return action(*url_to_fs(place, **_timeouts(place)))
+        except ImportError as error:  # fsspec's message names the package, say s3fs
+            raise DataError(f"cannot open {place}: {error}") from error
+        except Exception as error:  # every protocol has its own
+            reason = _reason(error)
+            if isinstance(reason, FileNotFoundError | NotADirectoryError):
+                raise _AbsentError(f"cannot read {place}: it is not there; check the URL") from error
+            if pause is None or _is_final(reason):
+                said = str(reason) or ("no answer" if isinstance(reason, TimeoutError) else "the connection failed")
+                raise DataError(
+                    f"cannot read {place}: {type(reason).__name__}: {said}; check the URL, the rights and the network"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError
+
+
+def _timeouts(place: str) -> dict[str, Any]:
+    """Other protocols have sensible ones; over HTTP a silent server would be waited for five minutes."""
+    protocols = re.findall(r"\b(https?)://", place)
+    if not protocols:
+        return {}
+    from aiohttp import ClientTimeout
+
+    patience = ClientTimeout(total=None, sock_connect=_PATIENCE, sock_read=_PATIENCE)
+    settings = {"client_kwargs": {"timeout": patience}}
+    return settings if place.startswith("http") else {protocols[0]: settings}
+
+
+def _reason(error: BaseException) -> BaseException:
+    """fsspec reports whatever happens over HTTP as a file that is not there; the true reason is its cause."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and cause is not None and getattr(cause, "status", None) not in (404, 410):
+        return cause
+    return error
+
+
+def _is_final(error: BaseException) -> bool:
+    status = getattr(error, "status", None)
+    if isinstance(status, int) and status:
+        return status < 500 and status != 429  # 429: too many requests at once
+    return isinstance(error, PermissionError | IsADirectoryError | ValueError | TypeError | NotImplementedError)
 
 
 class _OpenFiles:

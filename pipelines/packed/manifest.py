@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError
 
 from pipelines.config import Section
 from pipelines.packed.encode import Format
-from pipelines.packed.files import exists, join, read_whole
+from pipelines.packed.files import exists, find_file, is_url, join, read_at
 from pipelines.stored.images import DataError
 
 NAME = "manifest.json"
@@ -84,14 +84,17 @@ def read_manifest(folder: str) -> Manifest | None:
     """The manifest of a packed folder (a path or URL); None where `folder` is not one.
 
     Raises:
-        DataError: there is one, and it is damaged.
+        DataError: there is one, and it is damaged, or its server cannot send parts of files.
     """
     place = join(folder, NAME)
     if not exists(place):
         return None
-    data = read_whole(place)
+    file = find_file(place)
+    data = read_at(file, 0, file.size)
     if b'"twinstream-packed"' not in data:
         return None  # somebody else's file, in a folder of images
+    if is_url(folder):
+        read_at(file, 0, 1)  # tells on this small file whether the server knows ranges
     try:
         content = json.loads(data)
         checksum = content.pop("checksum", None)

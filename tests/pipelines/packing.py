@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
+import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -13,8 +14,10 @@ from pipelines.packed.conversion import SetSource, convert
 from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather
 from pipelines.packed.manifest import Manifest
-from pipelines.sources import DataConfig
+from pipelines.sources import DataConfig, DataError, Source, Split, describe, open_source
 from tools.convert import app
+
+FORMATS = ("ffcv", "webdataset", "tfrecord")
 
 
 def pack(config: DataConfig, destination: Path, **options: Any) -> Manifest:
@@ -56,3 +59,31 @@ def multi_label(images: Any, labels: np.ndarray) -> SetSource:
 def run(*arguments: Any) -> Result:
     """`python -m tools.convert` in this process."""
     return CliRunner().invoke(app, [str(argument) for argument in (*arguments, "--workers", 0)])
+
+
+def splits(config: DataConfig) -> dict[str, Source | None]:
+    out: dict[str, Source | None] = {}
+    for split in get_args(Split):
+        try:
+            out[split] = open_source(config, split)
+        except DataError:
+            out[split] = None
+    return out
+
+
+def assert_alike(config: DataConfig, packed: DataConfig, *, pixels: bool = True) -> None:
+    """All splits of both are equal, and what is said of them without opening."""
+    assert describe(config) == describe(packed)
+    originals = splits(config)
+    for split, ours in splits(packed).items():
+        original = originals[split]
+        if original is None or ours is None:
+            assert original is ours
+            continue
+        assert (ours.labels.dtype, ours.classes) == (original.labels.dtype, original.classes)
+        assert torch.equal(ours.labels, original.labels)
+        assert torch.equal(ours.ids, original.ids)
+        assert (ours.mean, ours.std, ours.image_size) == (original.mean, original.std, original.image_size)
+        if pixels:
+            for row in range(0, len(ours), 7):
+                assert np.array_equal(ours.images[row], original.images[row])

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.packed.conversion import PartSource, SetSource, convert
+from pipelines.packed.encode import Options
 from pipelines.packed.table import DTYPES, read_index
 from pipelines.packed.tfrecord import write_example
 from pipelines.packed.verify import verify
 from pipelines.sources import DataConfig
-from pipelines.stored.images import DataError
+from pipelines.stored.images import ArrayImages, DataError
 from tests.pipelines.packing import pack, photo_tree
 
 
@@ -161,3 +163,12 @@ def test_an_index_of_nonsense_is_refused() -> None:
         np.savez(file, **{**whole, "label": label})
         with pytest.raises(DataError, match="expected one or two axes"):
             read_index(file.getvalue(), "it")
+
+
+@pytest.mark.parametrize("label", [np.array([0, -5]), np.array([[0, 1], [1, np.nan]], np.float32)])
+def test_odd_labels_in_a_beton(label: np.ndarray, tmp_path: Path) -> None:
+    images = ArrayImages(np.zeros((2, 8, 8, 3), np.uint8))
+    part = PartSource("train", images, label, np.arange(2), None)
+    convert(SetSource("folder", ("a", "b"), (part,), None), tmp_path, Options(), workers=0)
+    ((one,),) = [found.defects for found in verify(str(tmp_path / "train.beton"), workers=0)]
+    assert f"image 1 in {tmp_path / 'train.beton'} has the label {label[1]}" in one

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
-import importlib.util
 import io
 import json
-import re
 import shutil
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,40 +14,10 @@ import torchvision
 from PIL import Image
 
 from pipelines.packed.manifest import read_manifest
-from pipelines.sources import DataConfig, DataError, Source, Split, describe, open_source
+from pipelines.sources import DataConfig, DataError, describe, open_source
 from pipelines.stored import arrays
-from tests.pipelines.packing import as_packed, pack, photo, photo_tree
+from tests.pipelines.packing import FORMATS, as_packed, assert_alike, pack, photo, photo_tree
 from tests.pipelines.stored_sets import noise, real, write_tree
-
-FORMATS = ("ffcv", "webdataset", "tfrecord")
-
-
-def splits(config: DataConfig) -> dict[str, Source | None]:
-    out: dict[str, Source | None] = {}
-    for split in get_args(Split):
-        try:
-            out[split] = open_source(config, split)
-        except DataError:
-            out[split] = None
-    return out
-
-
-def assert_alike(config: DataConfig, packed: DataConfig, *, pixels: bool = True) -> None:
-    """All splits of both are equal, and what is said of them without opening."""
-    assert describe(config) == describe(packed)
-    originals = splits(config)
-    for split, ours in splits(packed).items():
-        original = originals[split]
-        if original is None or ours is None:
-            assert original is ours
-            continue
-        assert (ours.labels.dtype, ours.classes) == (original.labels.dtype, original.classes)
-        assert torch.equal(ours.labels, original.labels)
-        assert torch.equal(ours.ids, original.ids)
-        assert (ours.mean, ours.std, ours.image_size) == (original.mean, original.std, original.image_size)
-        if pixels:
-            for row in range(0, len(ours), 7):
-                assert np.array_equal(ours.images[row], original.images[row])
 
 
 @pytest.mark.parametrize("to", FORMATS)
@@ -256,79 +219,3 @@ def test_real_photographs(tmp_path: Path) -> None:
             Image.fromarray(before).resize(size, Image.Resampling.BICUBIC).save(file, format="JPEG", quality=90)
             assert bytes(images.read(row)) == file.getvalue()
     assert manifest.parts["train"].kept == kept > 0
-
-
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Python's file server, and ranges."""
-
-    asked: list[str] = []  # noqa: RUF012
-
-    def do_GET(self) -> None:
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        path = Path(self.translate_path(self.path))
-        if wanted is None or not path.is_file():
-            super().do_GET()
-            return
-        self.asked.append(path.name)
-        first, last = int(wanted[1]), min(int(wanted[2]), path.stat().st_size - 1)
-        with path.open("rb") as file:
-            file.seek(first)
-            data = file.read(last - first + 1)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{path.stat().st_size}")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def end_headers(self) -> None:
-        self.send_header("Accept-Ranges", "bytes")
-        super().end_headers()
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    handler = functools.partial(Ranges, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-@pytest.mark.parametrize("to", FORMATS)
-def test_behind_a_url(to: str, tmp_path: Path, server: str) -> None:
-    pytest.importorskip("aiohttp")
-    import fsspec
-
-    config = photo_tree(tmp_path / "tree", {"a": 5, "b": 4})
-    pack(config, tmp_path / "packed", to=to)
-    memory = fsspec.filesystem("memory")
-    memory.put(str(tmp_path / "packed"), f"/{tmp_path.name}", recursive=True)
-    urls = (
-        f"memory://{tmp_path.name}",
-        f"file://{tmp_path}/packed",
-        f"{server}/packed",
-        f"simplecache::{server}/packed/",
-    )
-    Ranges.asked.clear()
-    for url in urls:
-        assert_alike(config, DataConfig(source="folder", url=url, holdout=0.0))
-    assert sum(name.startswith("train") for name in Ranges.asked) >= 4  # images came by ranges
-    pack(DataConfig(source="folder", url=urls[2], holdout=0.0), tmp_path / "again", to="ffcv")
-    assert_alike(config, as_packed(config, tmp_path / "again"))
-
-
-def test_what_is_wrong_with_a_url_is_said(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data\.url .* and data\.root .* two places"):
-        DataConfig(source="folder", url="memory://x", root=tmp_path)
-    with pytest.raises(ValueError, match=r"expected protocol://"):
-        DataConfig(source="folder", url="/some/folder")
-    with pytest.raises(DataError, match=r"no manifest\.json of a packed set"):
-        open_source(DataConfig(source="folder", url="memory://nothing"), "train")
-    with pytest.raises(DataError, match=r"cannot (read|open) nosuch://x"):
-        open_source(DataConfig(source="folder", url="nosuch://x"), "train")
-    if importlib.util.find_spec("gcsfs") is None:
-        with pytest.raises(DataError, match=r"gcsfs"):
-            open_source(DataConfig(source="folder", url="gs://bucket/x"), "train")
