@@ -40,7 +40,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
         kind.requests += 1
         if kind.fault == "silent":
             time.sleep(3)
-        elif kind.fault == "breaks" and kind.requests % 3 == 0:
+        elif kind.fault == "breaks" and kind.requests % 8 in (3, 4):  # twice: aiohttp tries once more itself
             self.close_connection = True
             return True
         elif (kind.fault == "busy" and kind.requests % 3 == 0) or (kind.fault or "").isdigit():
