@@ -99,6 +99,8 @@ def read_manifest(folder: str) -> Manifest | None:
         content = json.loads(data)
         checksum = content.pop("checksum", None)
         manifest = Manifest.model_validate_json(json.dumps(content))
+        if checksum is None:
+            raise ValueError("it has no checksum: it was edited, or made before there was one")
         if checksum != _checksum(content):
             raise ValueError("its checksum is not that of its content: it was edited or damaged")
         if manifest.options.get("to") not in ("ffcv", "webdataset", "tfrecord"):

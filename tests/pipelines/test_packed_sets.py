@@ -191,6 +191,9 @@ def test_manifests_are_read_with_suspicion(tmp_path: Path) -> None:
         path.write_text(text.replace(old, new))
         with pytest.raises(DataError, match=message):
             open_source(again, "train")
+    path.write_text(json.dumps({key: value for key, value in json.loads(text).items() if key != "checksum"}))
+    with pytest.raises(DataError, match="it has no checksum"):
+        open_source(again, "train")
     # A manifest of something else, among images.
     (tmp_path / "tree" / "manifest.json").write_text('{"name": "an app"}')
     assert len(open_source(config, "train")) == 4
