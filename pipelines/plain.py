@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -76,12 +75,11 @@ def _fresh_processes() -> Any:
 
 
 def _live_and_die_with_the_run(worker: int) -> None:
-    """A signal to the whole group is the run's to answer, with a checkpoint; a run that was killed takes us along.
+    """A signal to the run's process group is the run's to answer, with a checkpoint: each worker is a group of its own.
 
-    torch's own watch looks at the parent process, which is the server here and outlives the run.
+    A run that was killed takes them along: torch's own watch looks at the parent process, which is the server here.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setpgrp()
     run = multiprocessing.parent_process()
     assert run is not None
 

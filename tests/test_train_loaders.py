@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,7 @@ from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather
 from pipelines.sources import DataConfig
 from tests.pipelines.stored_sets import write_photos
-from tests.test_train import command, final_tensors, interrupt, rows, run
+from tests.test_train import ROOT, command, final_tensors, interrupt, rows, run
 
 RECIPE = """
 epochs: 3
@@ -97,3 +98,22 @@ def test_a_loader_that_is_not_there_is_a_readable_refusal(tmp_path: Path) -> Non
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: data.loader=ffcv reads .beton files")
     assert "Traceback" not in refused.stderr
+
+
+def test_a_program_that_never_closes_the_plain_loader_ends(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos", 20)
+    script = tmp_path / "program.py"
+    script.write_text(f"""
+import torch
+from pathlib import Path
+from pipelines.plain import PlainLoader
+from pipelines.sources import DataConfig, open_source
+from pipelines.views import View
+if __name__ == "__main__":
+    source = open_source(DataConfig(source="folder", root=Path({str(tmp_path / "photos")!r}), holdout=0), "pretrain")
+    loader = PlainLoader(source, (View(),), size=8, batch_size=5, seed=0, device=torch.device("cpu"))
+    steps = loader.epoch(0)
+    next(steps)
+""")
+    done = subprocess.run([sys.executable, str(script)], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 0
