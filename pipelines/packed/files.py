@@ -170,6 +170,7 @@ def _is_final(error: BaseException) -> bool:
     status = getattr(error, "status", None)
     if isinstance(status, int) and status:
         return status < 500 and status != 429  # 429: too many requests at once
+    # Asking again would give the same.
     return isinstance(error, PermissionError | IsADirectoryError | ValueError | TypeError | NotImplementedError)
 
 

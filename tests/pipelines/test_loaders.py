@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Iterator
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from torchvision.transforms.v2 import functional as T
 
 from pipelines.choice import build_loader, choose
 from pipelines.config import LoaderConfig
-from pipelines.loading import in_background
 from pipelines.packed.conversion import convert
 from pipelines.packed.encode import Options
 from pipelines.packed.gathering import gather
@@ -373,33 +372,3 @@ def test_ffcv_refuses_what_is_not_a_beton(files: Source) -> None:
 def test_a_set_smaller_than_a_batch_is_refused(make: Any) -> None:
     with pytest.raises(DataError, match="has 42 training images, fewer than batch_size=43"):
         make("native", batch_size=43)
-
-
-def test_in_background_keeps_order_and_raises_what_was_raised() -> None:
-    def numbers() -> Iterator[int]:
-        yield from range(5)
-        raise OSError("the disk is gone")
-
-    seen = []
-    with pytest.raises(OSError, match="the disk is gone"):
-        seen.extend(number for number in in_background(numbers(), 2))
-    assert seen == list(range(5))
-    assert all(b - a == 1 for a, b in pairwise(in_background((i for i in range(50)), 1)))
-
-
-def test_in_background_closed_early_ends_its_thread_and_its_iterator() -> None:
-    ended = []
-
-    def endless() -> Iterator[int]:
-        try:
-            while True:
-                yield 0
-        finally:
-            ended.append(threading.current_thread().name)
-
-    before = threading.active_count()
-    items = in_background(endless(), 1)
-    next(items)
-    items.close()
-    assert ended == ["twinstream-loader"]
-    assert threading.active_count() == before

@@ -22,24 +22,12 @@ from pipelines.packed import conversion, encode, finishing, worker
 from pipelines.packed.gathering import gather
 from pipelines.packed.pool import Channel
 from pipelines.sources import DataConfig, open_source
-from tests.pipelines.packing import pack, photo, photo_tree, run
+from tests.pipelines.packing import photo, run
 from tests.pipelines.stored_sets import noise
 
 
 def opened(root: Path) -> Any:
     return open_source(DataConfig(source="folder", root=root, holdout=0.0), "train").images
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    photo_tree(tmp_path / "tree", {"a": 5, "b": 4})
-    return tmp_path / "tree"
-
-
-@pytest.fixture
-def packed(tree: Path, tmp_path: Path) -> Path:
-    pack(DataConfig(source="folder", root=tree), tmp_path / "packed")
-    return tmp_path / "packed"
 
 
 # ---- odd files ------------------------------------------------------------------------------------------

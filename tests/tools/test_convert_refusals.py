@@ -10,19 +10,7 @@ import pytest
 
 from pipelines.packed.journal import Journal
 from pipelines.sources import DataConfig, open_source
-from tests.pipelines.packing import pack, photo_tree, run
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    photo_tree(tmp_path / "tree", {"a": 5, "b": 4})
-    return tmp_path / "tree"
-
-
-@pytest.fixture
-def packed(tree: Path, tmp_path: Path) -> Path:
-    pack(DataConfig(source="folder", root=tree), tmp_path / "packed")
-    return tmp_path / "packed"
+from tests.pipelines.packing import photo_tree, run
 
 
 def test_commands_that_make_no_sense_are_refused(tree: Path, tmp_path: Path) -> None:
