@@ -19,7 +19,7 @@ from pipelines.choice import build_loader, choose
 from pipelines.sources import DataError, Source, describe, open_source
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
-from trainers.methods import build_method
+from trainers.methods import Facts, build_method
 from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
@@ -47,15 +47,27 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         world_size=ranks.world_size,
         accumulation=recipe.engine.accumulation,
     )
-    encoder = build_encoder(recipe.encoder, size)
-    method = prepare_module(build_method(recipe.method, encoder), recipe.engine, ranks)
+    total_steps = recipe.epochs * loader.steps_per_epoch
+    facts = Facts(
+        image_size=size,
+        mean=source.mean,
+        std=source.std,
+        images=len(source),
+        classes=source.num_classes,
+        batch_size=recipe.batch_size,
+        steps_per_epoch=loader.steps_per_epoch,
+        total_steps=total_steps,
+        plan=recipe.views.resolve(),
+    )
+    method = build_method(recipe.method, build_encoder(recipe.encoder, size), facts)
+    method = prepare_module(method, recipe.engine, ranks)
     if recipe.engine.compile:
         method.encoder.compile()
     peak = recipe.optim.scaled_lr(recipe.batch_size)
-    total_steps = recipe.epochs * loader.steps_per_epoch
     schedule = build_schedule(recipe.schedule, peak, loader.steps_per_epoch, total_steps)
     micro_batch_size = recipe.batch_size // (ranks.world_size * recipe.engine.accumulation)
-    engine = Engine(method, build_optimizer(recipe.optim, method, peak), recipe.engine, ranks, micro_batch_size)
+    optimizer = build_optimizer(recipe.optim, method, peak)
+    engine = Engine(method, optimizer, recipe.engine, ranks, micro_batch_size, method.view_parts)
     monitor = Monitor(
         recipe.monitor,
         method.encoder,

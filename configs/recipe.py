@@ -109,12 +109,10 @@ def check_combinations(recipe: Recipe, world_size: int) -> None:
         )
     if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
         raise RecipeError("log.wandb=true, but wandb is not installed: pip install wandb, or set log.wandb=false")
-    plan = recipe.views.resolve()
-    if len(plan) != recipe.method.views:
-        raise RecipeError(
-            f"views.plan={recipe.views.plan} makes {len(plan)} views, method.name={recipe.method.name} takes"
-            f" {recipe.method.views}"
-        )
+    try:
+        recipe.method.check_views(recipe.views.resolve())
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     _check_against_data(recipe, parts)
 
 

@@ -132,11 +132,12 @@ class ViewsConfig(Section):
     strength: float | None = Field(default=None, ge=0)
     override: dict[str, Any] = Field(default={})  # fields of View, set in every augmented view of the plan
     custom: tuple[View, ...] | None = None  # a whole plan of one's own, in place of `plan`
+    repeat: int = Field(default=1, ge=1, le=64)  # the whole plan so many times, drawn anew: 2 views become 4, 6, …
     size: int | None = Field(default=None, ge=1, le=4096)  # pixels of the crops' side; None: the data set's image size
 
     def resolve(self) -> tuple[View, ...]:
         """The views of one sample."""
-        return self.custom or tuple(self._bend(view) for view in PLANS[self.plan])
+        return (self.custom or tuple(self._bend(view) for view in PLANS[self.plan])) * self.repeat
 
     def _bend(self, view: View) -> View:
         fields = view.model_dump()

@@ -100,7 +100,8 @@ class Engine:
     """A method and its optimizer under DeepSpeed.
 
     ``forward`` runs under autocast where the precision asks for it; ``backward`` accumulates and, after the last of
-    ``accumulation`` micro-batches, averages over ranks; ``step`` counts micro-batches and updates after the last.
+    ``accumulation`` micro-batches (times ``view_parts``, for methods that embed their views in parts), averages over
+    ranks; ``step`` counts them and updates after the last.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class Engine:
         config: EngineConfig,
         ranks: Ranks,
         micro_batch_size: int,
+        view_parts: int = 1,
     ) -> None:
         self.config, self.ranks, self.method = config, ranks, method
         deepspeed = _import_deepspeed(ranks, config.timeout)
@@ -118,8 +120,8 @@ class Engine:
             precision = "bfloat16" if ranks.device.type == "cuda" else "float32"
         settings: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch_size,
-            "gradient_accumulation_steps": config.accumulation,
-            "train_batch_size": micro_batch_size * config.accumulation * ranks.world_size,
+            "gradient_accumulation_steps": config.accumulation * view_parts,
+            "train_batch_size": micro_batch_size * config.accumulation * view_parts * ranks.world_size,
             "gradient_clipping": config.gradient_clipping,
             "zero_optimization": {"stage": config.zero_stage},
             "zero_allow_untested_optimizer": True,  # SGD is exact under ZeRO; the recipe refuses LARS
@@ -146,7 +148,7 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """To be called after each micro-batch; the update, with this learning rate, follows the last one."""
+        """To be called after each ``backward``; the update, with this learning rate, follows the last one."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()

@@ -1,8 +1,9 @@
-"""Heads on top of the encoder: the projector of every method."""
+"""Heads on top of the encoder: the projector of every method, and the predictor of some."""
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -11,23 +12,38 @@ from pipelines.config import Section
 
 
 class ProjectorConfig(Section):
-    """An MLP of ``layers`` linear layers: d -> hidden -> … -> output."""
+    """An MLP of ``layers`` linear layers: d -> hidden -> … -> output. A method with other defaults subclasses this."""
 
     layers: int = Field(2, ge=1)
     hidden: int | None = Field(None, ge=1)  # None: as wide as the features
     output: int = Field(128, ge=1)
-    batchnorm: bool = True  # after every linear layer, the last one included, as in SimCLR's own code
+    # After which linear layers: all, as in SimCLR's own code; hidden, all but the last; none.
+    batchnorm: Literal["all", "hidden", "none"] = "all"
+    bias: bool = True  # of linear layers that no BatchNorm follows; before one a bias would do nothing
+
+
+class PredictorConfig(Section):
+    """An MLP of two linear layers on projections, D -> hidden -> D, BatchNorm between them (arXiv:2104.14548)."""
+
+    hidden: int = Field(4096, ge=1)
 
 
 def build_projector(config: ProjectorConfig, features: int) -> nn.Sequential:
-    """The projector g: [N, features] -> [N, output]. A linear layer has a bias only where no BatchNorm follows."""
+    """The projector g: [N, features] -> [N, output]."""
     hidden = config.hidden or features
     widths = [features] + [hidden] * (config.layers - 1) + [config.output]
     modules: list[nn.Module] = []
     for layer, (width_in, width_out) in enumerate(pairwise(widths)):
-        modules.append(nn.Linear(width_in, width_out, bias=not config.batchnorm))
-        if config.batchnorm:
+        last = layer == config.layers - 1
+        normalised = config.batchnorm == "all" or (config.batchnorm == "hidden" and not last)
+        modules.append(nn.Linear(width_in, width_out, bias=config.bias and not normalised))
+        if normalised:
             modules.append(nn.BatchNorm1d(width_out))
-        if layer < config.layers - 1:
+        if not last:
             modules.append(nn.ReLU(inplace=True))
     return nn.Sequential(*modules)
+
+
+def build_predictor(config: PredictorConfig, width: int) -> nn.Sequential:
+    """The predictor q: [N, width] -> [N, width]."""
+    return build_projector(ProjectorConfig(hidden=config.hidden, output=width, batchnorm="hidden"), width)

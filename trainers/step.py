@@ -1,8 +1,8 @@
-"""One optimizer step: the three parts of a method, composed in one pass or in two."""
+"""One optimizer step: the parts of a method, composed in one pass or in two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +13,13 @@ from trainers.batchnorm import frozen_running_statistics
 from trainers.engine import Engine
 from trainers.methods import BaseMethod
 
+Embeddings = dict[str, Tensor]
+
 
 @dataclass(slots=True)
 class StepResult:
     scalars: dict[str, Tensor]  # what the method's loss returned, detached, on the device
-    embeddings: dict[str, Tensor]  # [V, N, …] of the rank's whole batch, detached
+    embeddings: Embeddings  # [V, N, …] of the rank's whole batch, detached
     batch: ViewBatch  # the rank's whole batch; with several micro-batches its views are left out
 
 
@@ -26,41 +28,55 @@ def train_step(engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewB
 
     Contrastive losses couple the samples of a batch, so accumulating per-micro-batch losses would silently shrink
     it. With several micro-batches there are therefore two passes (Gao et al., arXiv:2101.06983): embed all without a
-    graph; loss and gradient on the embeddings; then embed each again and pull that gradient through.
+    graph; loss and gradient on the embeddings; then embed each again and pull that gradient through. A method that
+    embeds its views in parts goes the same way, or part by part if its loss is the mean of the parts' losses.
     """
-    if len(micro_batches) == 1:
-        result = _one_pass(engine, method, micro_batches[0], lr)
-    else:
+    if len(micro_batches) > 1 or (method.view_parts > 1 and not method.separable):
         result = _two_passes(engine, method, micro_batches, lr)
-    method.update(result.embeddings, result.batch)
+    else:
+        result = _part_by_part(engine, method, micro_batches[0], lr)
+    with torch.no_grad():
+        method.update(result.embeddings, result.batch, engine.ranks.group)
     return result
 
 
-def _one_pass(engine: Engine, method: BaseMethod, batch: ViewBatch, lr: float) -> StepResult:
-    embeddings = engine.forward(batch.views)
-    scalars = method.loss(embeddings, batch, engine.ranks.group)
-    engine.backward(scalars["loss"])
-    engine.step(lr)
-    return StepResult(_detached(scalars), _detached(embeddings), batch)
+def _part_by_part(engine: Engine, method: BaseMethod, batch: ViewBatch, lr: float) -> StepResult:
+    targets = _targets(method, batch)
+    losses: list[Embeddings] = []
+    parts: list[Embeddings] = []
+    for views in batch.views.chunk(method.view_parts):
+        embeddings = engine.forward(views)
+        scalars = method.loss(embeddings | targets, batch, engine.ranks.group)
+        engine.backward(scalars["loss"] / method.view_parts)
+        engine.step(lr)
+        losses.append(_detached(scalars))
+        parts.append(_detached(embeddings))
+    scalars = {name: torch.stack([part[name] for part in losses]).mean(0) for name in losses[0]}
+    return StepResult(scalars, _joined(parts, dim=0) | targets, batch)
 
 
 def _two_passes(engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewBatch], lr: float) -> StepResult:
     device = engine.ranks.device
     states: list[tuple[Tensor, Tensor | None]] = []
-    parts: list[dict[str, Tensor]] = []
+    embedded: list[Embeddings] = []
     with torch.no_grad(), frozen_running_statistics(method):
         for micro in micro_batches:
-            states.append(_generator_states(device))
-            parts.append(engine.forward(micro.views))
-    embeddings = {name: torch.cat([part[name] for part in parts], dim=1) for name in parts[0]}
-    sizes = [len(micro.labels) for micro in micro_batches]
-    batch = ViewBatch(
-        views=micro_batches[0].views[:, :0],
-        labels=torch.cat([micro.labels for micro in micro_batches]),
-        indices=torch.cat([micro.indices for micro in micro_batches]),
-    )
+            parts: list[Embeddings] = []
+            for views in micro.views.chunk(method.view_parts):
+                states.append(_generator_states(device))
+                parts.append(engine.forward(views))
+            embedded.append(_joined(parts, dim=0))
+    embeddings = _joined(embedded, dim=1)
+    targets = _joined([_targets(method, micro) for micro in micro_batches], dim=1)
+    batch = micro_batches[0]
+    if len(micro_batches) > 1:
+        batch = ViewBatch(
+            views=micro_batches[0].views[:, :0],
+            labels=torch.cat([micro.labels for micro in micro_batches]),
+            indices=torch.cat([micro.indices for micro in micro_batches]),
+        )
     leaves = {name: value.detach().requires_grad_() for name, value in embeddings.items()}
-    scalars = method.loss(leaves, batch, engine.ranks.group)
+    scalars = method.loss(leaves | targets, batch, engine.ranks.group)
     gradients = dict(
         zip(
             leaves,
@@ -68,17 +84,35 @@ def _two_passes(engine: Engine, method: BaseMethod, micro_batches: Sequence[View
             strict=True,
         )
     )
+    sizes = [len(micro.labels) for micro in micro_batches]
     pulled = {name: g.split(sizes, dim=1) for name, g in gradients.items() if g is not None}
-    for number, micro in enumerate(micro_batches):
-        _restore_generators(device, states[number])  # the same dropout as in the first pass
-        again = engine.forward(micro.views)
+    chunks = [(n, part, views) for n, micro in enumerate(micro_batches) for part, views in _parts(method, micro.views)]
+    for (number, part, views), state in zip(chunks, states, strict=True):
+        _restore_generators(device, state)  # the same dropout as in the first pass
+        again = engine.forward(views)
         # DeepSpeed's stage 0 takes a scalar only; its derivative by the embeddings is the gradient wanted.
-        engine.backward(torch.stack([(again[name] * pulled[name][number]).sum() for name in pulled]).sum())
+        products = [(again[name] * pulled[name][number].chunk(method.view_parts)[part]).sum() for name in pulled]
+        engine.backward(torch.stack(products).sum())
         engine.step(lr)
-    return StepResult(_detached(scalars), _detached(embeddings), batch)
+    return StepResult(_detached(scalars), _detached(embeddings) | targets, batch)
 
 
-def _detached(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _parts(method: BaseMethod, views: Tensor) -> Iterable[tuple[int, Tensor]]:
+    return enumerate(views.chunk(method.view_parts))
+
+
+@torch.no_grad()
+def _targets(method: BaseMethod, batch: ViewBatch) -> Embeddings:
+    return _detached(method.targets(batch))
+
+
+def _joined(parts: Sequence[Embeddings], dim: int) -> Embeddings:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts], dim=dim) for name in parts[0]}
+
+
+def _detached(tensors: Embeddings) -> Embeddings:
     return {name: value.detach() for name, value in tensors.items()}
 
 

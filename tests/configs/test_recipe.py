@@ -152,18 +152,6 @@ def test_wandb_must_be_there_if_asked_for(recipe: Path, monkeypatch: pytest.Monk
         load_recipe(recipe, ["log.wandb=true"])
 
 
-def test_a_queue_larger_than_the_set_is_refused() -> None:
-    from trainers.methods import MethodConfig
-
-    class Queued(MethodConfig):
-        name: str = "queued"
-        queue_size: int
-
-    Queued(queue_size=1197).check(images=1197, batch_size=64)
-    with pytest.raises(ValueError, match=r"method\.queue_size=1198 .* at most 1197"):
-        Queued(queue_size=1198).check(images=1197, batch_size=64)
-
-
 def test_an_existing_run_refuses_another_recipe_with_a_diff(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert claim_run_dir(run, load_recipe(recipe, ["optim.lr=0.5"])) is None

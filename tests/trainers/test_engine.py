@@ -5,117 +5,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sklearn.datasets import load_digits
-from torch import nn
 
-from pipelines.batch import ViewBatch
 from tests.distributed import run_ranks
-from trainers.engine import Engine, EngineConfig, Ranks, prepare_module
-from trainers.heads import ProjectorConfig
-from trainers.methods.simclr import Config, Method
-from trainers.optim import OptimConfig, build_optimizer
-from trainers.step import train_step
+from tests.trainers.small_runs import STEPS, SmallRun, difference, make_method, micro_batches, parameters, views_of_step
 
-BATCH, STEPS, LR = 24, 5, 0.01
+SETTINGS = {"temperature": 0.5, "projector": {"hidden": 32, "output": 16}}
 
 
-def views_of_step(step: int, dtype: torch.dtype) -> ViewBatch:
-    """Handwritten digits and their noisy copies: on random images float32's own noise would hide what is tested."""
-    images = torch.from_numpy(load_digits().images)[step * BATCH : (step + 1) * BATCH] / 8 - 1
-    base = images[:, None]
-    noise = torch.randn(2, BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-    return ViewBatch((base + 0.3 * noise).to(dtype), torch.arange(BATCH) % 3, torch.arange(BATCH))
-
-
-def micro_batches(batch: ViewBatch, ranks: Ranks, accumulation: int) -> list[ViewBatch]:
-    share = BATCH // ranks.world_size
-    mine = torch.arange(ranks.rank * share, (ranks.rank + 1) * share)
-    return [
-        ViewBatch(batch.views[:, part], batch.labels[part], batch.indices[part]) for part in mine.chunk(accumulation)
-    ]
-
-
-class SmallEncoder(nn.Sequential):
-    """Convolutions, BatchNorm and ReLU as in a ResNet, at a hundredth of the cost (double convolutions are slow)."""
-
-    features = 32
-
-    def __init__(self) -> None:
-        super().__init__(
-            nn.Conv2d(3, 16, 3, padding=1, bias=False),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(32),
-            nn.ReLU(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-        )
-
-
-def train(
-    group: dist.ProcessGroup | None,
-    optimizer: str,
-    dtype: torch.dtype,
-    accumulation: int = 1,
-    batchnorm: str = "sync",
-    zero_stage: int = 0,
-    clipping: float = 0.0,
-) -> dict[str, torch.Tensor]:
+def train(group: dist.ProcessGroup | None, dtype: torch.dtype, **engine: Any) -> dict[str, torch.Tensor]:
     """Losses of STEPS steps, the first step's gradients, and the weights and buffers at the end."""
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    dtypes = [
-        *accelerator.supported_dtypes(),
-        torch.float64,
-    ]  # its list of what can be reduced leaves double out
-    accelerator.supported_dtypes = lambda: dtypes
-    world_size = dist.get_world_size()
-    alone = world_size == 1
-    control = None if alone else dist.new_group(backend="gloo")
-    ranks = Ranks(dist.get_rank(), world_size, torch.device("cpu"), None if alone else group, control)
-    config = EngineConfig(
-        accumulation=accumulation,
-        batchnorm="local" if batchnorm == "frozen" else batchnorm,
-        zero_stage=zero_stage,
-        gradient_clipping=clipping,
-    )
-    torch.manual_seed(0)
-    method = Method(Config(temperature=0.5, projector=ProjectorConfig(hidden=32, output=16)), SmallEncoder())
-    method = prepare_module(method.to(dtype), config, ranks)
-    built = build_optimizer(OptimConfig(name=optimizer, weight_decay=1e-3), method, LR)
-    engine = Engine(method, built, config, ranks, BATCH // world_size // accumulation)
-    method.train()
-    if batchnorm == "frozen":
-        for module in method.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
-
+    run = SmallRun(group, make_method("simclr", SETTINGS, dtype=dtype), **engine)
+    method, ranks = run.method, run.ranks
     first = micro_batches(views_of_step(0, dtype), ranks, 1)[0]
     loss = method.loss(method.embed(first.views), first, ranks.group)["loss"]
     gradients = torch.autograd.grad(loss, list(method.parameters()))
     for gradient in gradients:  # by hand: what the engine has to do as well
         dist.all_reduce(gradient)
-        gradient /= world_size
-    losses = []
-    start = torch.cat([p.detach().flatten().double() for p in method.parameters()])
-    for step in range(STEPS):
-        batches = micro_batches(views_of_step(step, dtype), ranks, accumulation)
-        result = train_step(engine, method, batches, LR)
-        losses.append(result.scalars["loss"])
-    engine.average_running_statistics()
+        gradient /= ranks.world_size
+    start = parameters(method)
+    losses = [run.step(step).scalars["loss"] for step in range(STEPS)]
+    run.engine.average_running_statistics()
     return {
         "start": start,
         "loss": torch.stack(losses).double(),
         "gradient": torch.cat([g.flatten().double() for g in gradients]),
-        "weights": torch.cat([p.detach().flatten().double() for p in method.parameters()]),
+        "weights": parameters(method),
         "statistics": torch.cat([b.detach().flatten().double() for b in method.buffers()]),
     }
-
-
-def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    return ((a - b).norm() / b.norm()).item()
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -3,14 +3,18 @@
 A method file defines ``Config`` (a ``MethodConfig`` with a literal ``name``) and ``Method`` (an ``nn.Module``). To add
 one, add the file and a recipe: the registry below finds it.
 
-``Method(config, encoder)`` has
+``Method(config, encoder, facts)`` has
 
 * ``encoder``, the ``nn.Module`` that is kept after pretraining;
 * ``embed(views[V, N, 3, H, W]) -> dict`` of tensors [V, N, …], among them ``features``; its ``forward`` is the same
   function, which is what the engine wraps;
+* ``targets(batch) -> dict`` of tensors [v, N, …], what the loss needs of the images without a gradient: hand-crafted
+  features, a teacher's output. Nothing, for most methods;
 * ``loss(embeddings, batch, group) -> dict`` with ``loss`` (the mean over all ranks of ``group``, its gradient
   already multiplied by their number, so that averaging gradients over ranks is exact) and detached scalars to log;
-* ``update(embeddings, batch)``, once per optimizer step: the only place where buffers change.
+  ``embeddings`` holds what ``embed`` and ``targets`` gave;
+* ``update(embeddings, batch, group)``, once per optimizer step: the only place where buffers change. Whatever
+  persists between steps is a registered buffer, the same on every rank.
 """
 
 from __future__ import annotations
@@ -18,50 +22,70 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipelines.batch import ViewBatch
 from pipelines.config import Section
+from pipelines.views import View
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a method may know of the run that it is a part of."""
+
+    image_size: int  # side of a view, pixels
+    mean: tuple[float, float, float]  # that views were normalised with
+    std: tuple[float, float, float]
+    images: int  # trained on
+    classes: int  # 0: none are known
+    batch_size: int  # images a step, of all ranks and micro-batches
+    steps_per_epoch: int
+    total_steps: int
+    plan: tuple[View, ...]  # the views of an image
 
 
 class MethodConfig(Section):
-    views: ClassVar[int] = 2  # how many views of an image the method takes
     name: str
+
+    def check_views(self, plan: tuple[View, ...]) -> None:
+        """Refuse a plan that does not have the views that the method takes; raise ValueError."""
+        if len(plan) != 2:
+            raise ValueError(f"the views section makes {len(plan)} views of an image, method.name={self.name} takes 2")
 
     def check(self, *, images: int, batch_size: int) -> None:
         """Refuse settings that cannot work with this many training images; raise ValueError naming the key."""
-        queue = getattr(self, "queue_size", None)
-        if queue is not None and queue > images:
-            raise ValueError(
-                f"method.queue_size={queue} is larger than the {images} training images: neighbours would be"
-                f" older embeddings of the same image; at most {images}"
-            )
 
 
 class BaseMethod(nn.Module, ABC):
     """What every method shares: ``forward`` is ``embed``, and by default nothing is updated."""
 
     encoder: nn.Module
+    view_parts: int = 1  # in how many equal parts the views are embedded, one part's activations in memory at a time
+    separable: bool = False  # whether the loss of all views is the mean of the losses of the parts
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         return self.embed(views)
 
     @abstractmethod
     def embed(self, views: Tensor) -> dict[str, Tensor]:
-        """views [V, N, 3, H, W] -> tensors [V, N, …], among them ``features``."""
+        """views [V, N, 3, H, W] -> tensors [V, N, …], among them ``features``. With ``view_parts`` P: V/P of them."""
+
+    def targets(self, batch: ViewBatch) -> dict[str, Tensor]:
+        """What the loss needs of a micro-batch's images and no gradient flows to, [v, N, …]; called under no_grad."""
+        return {}
 
     @abstractmethod
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
-        """``loss``, and detached scalars to log."""
+        """``loss``, and detached scalars to log. With several micro-batches ``batch.views`` is empty."""
 
-    def update(self, embeddings: dict[str, Tensor], batch: ViewBatch) -> None:
-        """Change buffers (queue, prototypes, counts) after an optimizer step."""
+    def update(self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None) -> None:
+        """Change buffers (queue, prototypes, counts) after an optimizer step; ``embeddings`` are detached."""
 
 
 def method_names() -> list[str]:
@@ -74,6 +98,6 @@ def find_method(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def build_method(config: MethodConfig, encoder: nn.Module) -> BaseMethod:
-    method: BaseMethod = find_method(config.name).Method(config, encoder)
+def build_method(config: MethodConfig, encoder: nn.Module, facts: Facts) -> BaseMethod:
+    method: BaseMethod = find_method(config.name).Method(config, encoder, facts)
     return method

@@ -13,7 +13,7 @@ from kernels import ntxent
 from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
-from trainers.methods import BaseMethod, MethodConfig
+from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.similarity import view_similarities
 
 
@@ -29,7 +29,7 @@ class Config(MethodConfig):
 
 
 class Method(BaseMethod):
-    def __init__(self, config: Config, encoder: nn.Module) -> None:
+    def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
         super().__init__()
         self.temperature = config.temperature
         self.encoder = encoder
