@@ -1,7 +1,8 @@
 """The recipe of a run: one YAML file, checked whole before anything expensive starts.
 
-``extends: other.yaml`` merges another recipe underneath; ``a.b=c`` on the command line goes on top. Every key is typed,
-unknown keys are errors, and errors name the key, the value and the nearest valid choice.
+``extends: other.yaml`` merges another recipe underneath, or several (a list, later ones on top); ``a.b=c`` on the
+command line goes on top of all. Every key is typed, unknown keys are errors, and errors name the key, the value and the
+nearest valid choice.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file merged over the one it extends, if any."""
+    """A YAML file merged over those that it extends, if any."""
     path = path.resolve()
     if path in seen:
         raise RecipeError(f"{path} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
@@ -228,12 +229,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         settings = {}
     if not isinstance(settings, dict):
         raise RecipeError(f"{path} must hold a mapping of keys to values, not a {type(settings).__name__}")
-    base = settings.pop("extends", None)
-    if base is None:
-        return settings
-    if not isinstance(base, str):
-        raise RecipeError(f"{path}: extends={base!r} must be the path of another recipe")
-    return _merged(_read(path.parent / base, (*seen, path)), settings)
+    extended = settings.pop("extends", None) or []
+    bases = [extended] if isinstance(extended, str) else extended
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"{path}: extends={extended!r} must be the path of another recipe, or a list of paths")
+    below: dict[str, Any] = {}
+    for base in bases:
+        below = _merged(below, _read(path.parent / base, (*seen, path)))
+    return _merged(below, settings)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,14 @@ def test_extends_and_overrides_merge_deeply(recipe: Path, tmp_path: Path) -> Non
     assert (result.method.temperature, result.method.projector.output) == (0.5, 32)
 
 
+def test_of_several_recipes_extended_the_later_goes_on_top(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("epochs: 7\nseed: 3\n")
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: [mine.yaml, other.yaml]\nseed: 4\n")
+    result = load_recipe(child)
+    assert (result.epochs, result.batch_size, result.seed) == (7, 64, 4)
+
+
 def test_resolved_recipe_loads_to_the_same_recipe(recipe: Path, tmp_path: Path) -> None:
     first = load_recipe(recipe, ["optim.name=sgd", "optim.nesterov=true"])
     path = tmp_path / "resolved.yaml"
