@@ -77,3 +77,27 @@ class _GatherRows(torch.autograd.Function):
         own = gradient.new_empty(ctx.rows, *gradient.shape[1:])
         dist.reduce_scatter_tensor(own, gradient.contiguous(), group=ctx.group)
         return own, None
+
+
+def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over ranks of a scalar, whose gradient is that of this rank's own.
+
+    What a loss that is a mean over each rank's own anchors is to return: its gradient is W times that of the mean,
+    so that averaging gradients over the ranks is exact, if what was gathered hands its gradient back summed.
+    """
+    if group is None:
+        return local
+    mean: Tensor = _MeanOverRanks.apply(local, group)
+    return mean
+
+
+class _MeanOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
+        mean = local.clone()
+        dist.all_reduce(mean, group=group)
+        return mean / dist.get_world_size(group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

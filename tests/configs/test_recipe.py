@@ -46,11 +46,11 @@ def test_extends_and_overrides_merge_deeply(recipe: Path, tmp_path: Path) -> Non
 
 
 def test_of_several_recipes_extended_the_later_goes_on_top(recipe: Path, tmp_path: Path) -> None:
-    (tmp_path / "other.yaml").write_text("epochs: 7\nseed: 3\n")
+    (tmp_path / "other.yaml").write_text("epochs: 17\nseed: 3\n")
     child = tmp_path / "child.yaml"
     child.write_text("extends: [mine.yaml, other.yaml]\nseed: 4\n")
     result = load_recipe(child)
-    assert (result.epochs, result.batch_size, result.seed) == (7, 64, 4)
+    assert (result.epochs, result.batch_size, result.seed) == (17, 64, 4)
 
 
 def test_resolved_recipe_loads_to_the_same_recipe(recipe: Path, tmp_path: Path) -> None:

@@ -134,28 +134,41 @@ def train_cases(group: dist.ProcessGroup | None, cases: dict[str, dict[str, Any]
 
 
 def check_ranks_and_micro_batches(
-    name: str, settings: dict[str, Any], views: int = 2, tolerance: float = 1e-9, unchanged: tuple[str, ...] = ()
+    name: str,
+    settings: dict[str, Any] | list[dict[str, Any]],
+    views: int = 2,
+    tolerance: float = 1e-9,
+    unchanged: tuple[str, ...] = (),
 ) -> None:
     """Two ranks, and two micro-batches, train as one process with the whole batch: losses, weights and every buffer.
 
-    In float64. Settings must be free of dropout, whose masks are drawn by each rank for itself. ``unchanged`` names
-    buffers that STEPS steps leave as they were; all others must have moved.
+    In float64. Settings must be free of dropout, whose masks are drawn by each rank for itself; a list of settings
+    shares the start-up of the processes. ``unchanged`` names buffers that STEPS steps leave as they were; all others
+    must have moved.
     """
-    case = {"name": name, "settings": settings, "views": views}
-    frozen = case | {"batchnorm": "frozen"}
-    [one] = run_ranks(1, train_cases, {"whole": case, "frozen": frozen, "micro": frozen | {"accumulation": 2}})
-    two = run_ranks(2, train_cases, {"whole": case, "micro": frozen | {"accumulation": 2}})
-    for key, value in two[0]["whole"]["state"].items():
-        assert torch.equal(value, two[1]["whole"]["state"][key]), f"{key} differs between the ranks"
-    _check_same(two[0]["whole"], one["whole"], tolerance, "two ranks")
-    _check_same(one["micro"], one["frozen"], tolerance, "micro-batches")
-    _check_same(two[0]["micro"], one["frozen"], tolerance, "micro-batches on two ranks")
-    assert difference(one["whole"]["end"], one["whole"]["start"]) > 1e-4, "nothing was trained"
-    torch.manual_seed(0)
-    fresh = make_method(name, settings, views).state_dict()
-    for key, value in fresh.items():
-        if key not in dict(make_method(name, settings, views).named_parameters()) and key not in unchanged:
-            assert not torch.equal(value.double(), one["whole"]["state"][key]), f"buffer {key} was never changed"
+    several = settings if isinstance(settings, list) else [settings]
+    cases: dict[str, dict[str, Any]] = {}
+    for number, one_of in enumerate(several):
+        whole = {"name": name, "settings": one_of, "views": views}
+        frozen = whole | {"batchnorm": "frozen"}
+        cases[f"{number} whole"] = whole
+        cases[f"{number} frozen"] = frozen
+        cases[f"{number} micro"] = frozen | {"accumulation": 2}
+    [one] = run_ranks(1, train_cases, cases)
+    two = run_ranks(2, train_cases, {key: case for key, case in cases.items() if not key.endswith("frozen")})
+    for number, one_of in enumerate(several):
+        alone = one[f"{number} whole"]
+        for key, value in two[0][f"{number} whole"]["state"].items():
+            assert torch.equal(value, two[1][f"{number} whole"]["state"][key]), f"{key} differs between the ranks"
+        _check_same(two[0][f"{number} whole"], alone, tolerance, f"{one_of} two ranks")
+        expected = one[f"{number} frozen"]
+        _check_same(one[f"{number} micro"], expected, tolerance, f"{one_of} micro-batches")
+        _check_same(two[0][f"{number} micro"], expected, tolerance, f"{one_of} micro-batches on two ranks")
+        assert difference(alone["end"], alone["start"]) > 1e-4, "nothing was trained"
+        fresh = make_method(name, one_of, views)
+        for key, value in fresh.named_buffers():
+            if key not in unchanged and key in alone["state"]:
+                assert not torch.equal(value.double(), alone["state"][key]), f"buffer {key} was never changed"
 
 
 def _check_same(found: Result, expected: Result, tolerance: float, what: str) -> None:

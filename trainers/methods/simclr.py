@@ -14,12 +14,15 @@ from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
+from trainers.pair_softmax import pair_softmax
 from trainers.similarity import view_similarities
 
 
 class Config(MethodConfig):
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.1, gt=0)
+    # cosine is SimCLR; the others compare (`trainers.pair_softmax`), and cost about three times as much.
+    similarity: Literal["cosine", "gaussian", "sne", "student_t", "student_t_l1"] = "cosine"
     projector: ProjectorConfig = ProjectorConfig()
 
     def check(self, *, images: int, batch_size: int) -> None:
@@ -31,7 +34,7 @@ class Config(MethodConfig):
 class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
         super().__init__()
-        self.temperature = config.temperature
+        self.temperature, self.similarity = config.temperature, config.similarity
         self.encoder = encoder
         self.projector = build_projector(config.projector, feature_width(encoder))
 
@@ -45,7 +48,10 @@ class Method(BaseMethod):
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
         z1, z2 = embeddings["z"].unbind(0)
-        loss, hits = ntxent(z1, z2, temperature=self.temperature, group=group, return_hits=True)
+        if self.similarity == "cosine":
+            loss, hits = ntxent(z1, z2, temperature=self.temperature, group=group, return_hits=True)
+        else:
+            loss, hits = pair_softmax(z1, z2, similarity=self.similarity, temperature=self.temperature, group=group)
         with torch.no_grad():
             positive, negative = view_similarities(z1, z2, group)
         return {
