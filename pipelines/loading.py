@@ -23,6 +23,7 @@ from kernels import photometric
 from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
 from pipelines.order import EpochOrder
+from pipelines.policies import apply_policies
 from pipelines.sources import DataError, Source
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
@@ -174,7 +175,8 @@ class StreamedLoader(ABC):
 def render(
     source: Source, plan: tuple[View, ...], crops: Tensor, indices: Tensor, *, seed: int, epoch: int
 ) -> ViewBatch:
-    """The last half of every loader: colours, blur and normalisation on the device of `crops` [V, n, S, S, 3]."""
+    """The last half of every loader, on the device of `crops` [V, n, S, S, 3]: policies, colours, blur, statistics."""
+    crops = apply_policies(plan, crops, seed=seed, epoch=epoch, indices=indices)
     params = draw_plan_photometric(plan, seed=seed, epoch=epoch, indices=indices, size=crops.shape[2])
     views = photometric(crops.flatten(0, 1), params, mean=source.mean, std=source.std)
     labels, rows = (t.to(crops.device, non_blocking=True) for t in (source.labels[indices], indices))

@@ -15,6 +15,7 @@ from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
 from pipelines.loading import ranks_of_this_machine, refuse_state
 from pipelines.order import EpochOrder
+from pipelines.policies import apply_policies
 from pipelines.sources import ArrayImages, DataError, Source
 from pipelines.stacking import stack_images
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
@@ -88,15 +89,16 @@ class ResidentLoader:
 
     def views(self, indices: Tensor, epoch: int) -> ViewBatch:
         """All views of the images at ``indices`` [N], as this epoch draws them."""
-        draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices, "size": self.size}
+        draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices}
         rows, sizes, stored = indices.to(self.device), self.sizes[indices], self.stored_sizes[indices]
-        boxes = draw_plan_boxes(self.plan, **draws, heights=stored[:, 0], widths=stored[:, 1])
+        boxes = draw_plan_boxes(self.plan, **draws, heights=stored[:, 0], widths=stored[:, 1], size=self.size)
         if not torch.equal(sizes, stored):
             boxes = _scaled(boxes, sizes / stored)
-        crops = [crop_resize(self.canvas, own, self.size, rows=rows, sizes=sizes) for own in boxes]
-        params = draw_plan_photometric(self.plan, **draws)
-        views = photometric(torch.cat(crops), params, mean=self.source.mean, std=self.source.std)
-        return ViewBatch(views.unflatten(0, (len(self.plan), len(indices))), self.labels[rows], rows)
+        crops = torch.stack([crop_resize(self.canvas, own, self.size, rows=rows, sizes=sizes) for own in boxes])
+        crops = apply_policies(self.plan, crops, **draws)
+        params = draw_plan_photometric(self.plan, **draws, size=self.size)
+        views = photometric(crops.flatten(0, 1), params, mean=self.source.mean, std=self.source.std)
+        return ViewBatch(views.unflatten(0, crops.shape[:2]), self.labels[rows], rows)
 
     def state(self) -> Tensor | None:
         return None

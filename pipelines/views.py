@@ -1,8 +1,8 @@
 """What a view is, as data (which crop, how coloured and blurred), and the draws that make one of a sample.
 
 A plan is a tuple of views. A recipe names one (`plan: byol`), bends it (`strength`, `override`) or spells out
-its own (`custom`). Geometry (`draw_boxes`) happens beside the decoder, photometry (`draw_photometric`) on the
-training device; both are pure functions of (seed, epoch, sample index, view).
+its own (`custom`). Geometry (`draw_boxes`) happens beside the decoder, policies (`pipelines.policies`) and photometry
+(`draw_photometric`) on the training device; all are pure functions of (seed, epoch, sample index, view).
 """
 
 import difflib
@@ -45,12 +45,16 @@ class View(Section):
     blur_kernel: int | None = None  # odd, pixels; None: a tenth of the image's side (`View.kernel`)
     solarize: float = 0.0
     solarize_threshold: float = 0.5
+    # torchvision's RandAugment, or its AutoAugment with one of its three tables: after the crop, before all else.
+    policy: Literal["none", "randaugment", "autoaugment_imagenet", "autoaugment_cifar10", "autoaugment_svhn"] = "none"
+    policy_ops: int = Field(default=2, ge=1, le=16)  # randaugment: operations one after the other
+    policy_magnitude: int = Field(default=9, ge=0, le=30)  # randaugment: of all operations, 30 is the strongest
 
     @property
     def augmented(self) -> bool:
         """Whether two draws of this view can differ."""
         moved = self.crop in ("random_resized", "pad_and_crop")
-        return moved or any(getattr(self, name) > 0 for name in _PROBABILITIES)
+        return moved or self.policy != "none" or any(getattr(self, name) > 0 for name in _PROBABILITIES)
 
     def kernel(self, size: int) -> int:
         """The blur kernel for views of `size` pixels: as given, else 23 at 224, 9 at 96, 3 at 32 and less."""
@@ -103,11 +107,12 @@ def _simclr(strength: float, **changes: Any) -> View:
 
 
 _BYOL = _simclr(0.5).model_copy(update={"saturation": 0.2})  # jitter 0.4, 0.4, 0.2, 0.1
+_PLAIN = View(crop="center")
 _DIGITS = View(crop="random_resized", crop_scale=(0.4, 1.0), jitter=0.8, brightness=0.4, contrast=0.4)
 
 # Sources: SimCLR arXiv:2002.05709 (appendix A and, for CIFAR, B.9), BYOL arXiv:2006.07733 (table 6), MV-MR
-# arXiv:2303.12130. No blur where images are 32 pixels, as the papers' CIFAR experiments. Digits are never
-# mirrored, since a mirrored digit is another sign, and have no colours to change.
+# arXiv:2303.12130 and its code's policies. No blur where images are 32 pixels, as the papers' CIFAR experiments.
+# Digits are never mirrored, since a mirrored digit is another sign, and have no colours to change.
 PLANS: MappingProxyType[str, tuple[View, ...]] = MappingProxyType(
     {
         "simclr": (_simclr(1.0, blur=0.5),) * 2,
@@ -117,18 +122,28 @@ PLANS: MappingProxyType[str, tuple[View, ...]] = MappingProxyType(
             _BYOL.model_copy(update={"blur": 0.1, "solarize": 0.2}),
         ),
         "byol_cifar": (_BYOL, _BYOL.model_copy(update={"solarize": 0.2})),
-        "mvmr": (View(crop="center"), _simclr(1.0, blur=1.0)),
+        "mvmr": (_PLAIN, _simclr(1.0, blur=1.0)),
+        "mvmr_randaugment": (
+            _PLAIN,
+            View(crop="random_resized", policy="randaugment", policy_ops=4, policy_magnitude=10),
+        ),
+        "mvmr_autoaugment": (_PLAIN, View(crop="random_resized", policy="autoaugment_imagenet")),
+        "mvmr_cifar": (_PLAIN, View(crop="pad_and_crop", pad=4, flip=0.5)),
+        "mvmr_cifar20": (_PLAIN, _simclr(0.5, crop_scale=(0.2, 1.0), grayscale=0.1)),
         "digits": (_DIGITS,) * 2,
     }
 )
-_PLAN_STRENGTH = {"simclr_cifar": 0.5}  # what `strength` is measured from; the other plans stand at 1
+_PLAN_STRENGTH = {
+    "simclr_cifar": 0.5,
+    "mvmr_cifar20": 0.5,
+}  # what `strength` is measured from; the other plans stand at 1
 
 
 class ViewsConfig(Section):
     """The `views` section of a recipe."""
 
     plan: str = "simclr"
-    # Of the colour jitter; None: the plan's own, which is 1 (simclr_cifar: 0.5).
+    # Of the colour jitter; None: the plan's own, which is 1 (simclr_cifar, mvmr_cifar20: 0.5).
     strength: float | None = Field(default=None, ge=0)
     override: dict[str, Any] = Field(default={})  # fields of View, set in every augmented view of the plan
     custom: tuple[View, ...] | None = None  # a whole plan of one's own, in place of `plan`
@@ -201,6 +216,10 @@ class Slot(IntEnum):
     BLUR = 40
     BLUR_SIGMA = 41
     SOLARIZE = 42
+    POLICY = 64  # which pair of an AutoAugment table
+    POLICY_OPERATION = 65  # operation k of a policy draws these three + 3k
+    POLICY_APPLIED = 66
+    POLICY_SIGN = 67
 
 
 def draw_boxes(
@@ -253,8 +272,8 @@ def draw_photometric(
         view_index: the place of the view in the plan.
         size: side of the crops, pixels.
     """
-    draws = uniforms(seed, epoch, indices, view_index, range(Slot.FLIP, Slot.SOLARIZE + 1))
-    u = {slot: draws[:, slot - Slot.FLIP] for slot in Slot if slot >= Slot.FLIP}
+    slots = range(Slot.FLIP, Slot.SOLARIZE + 1)
+    u = dict(zip(slots, uniforms(seed, epoch, indices, view_index, slots).unbind(1), strict=True))
 
     def factor(slot: Slot, strength: float) -> Tensor:
         low = max(0.0, 1 - strength)

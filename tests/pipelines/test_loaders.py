@@ -31,6 +31,7 @@ CPU = torch.device("cpu")
 KINDS = ("plain", "native", "ffcv", "dali")
 ENCODED_ANEW = 10, 26  # positions of the PNG and of the photograph on its side, when packed
 SIMCLR = ViewsConfig(plan="simclr").resolve()
+POLICIES = ViewsConfig(plan="mvmr_randaugment").resolve()
 CROPS = ViewsConfig(plan="simclr", override={"jitter": 0, "grayscale": 0, "blur": 0, "flip": 0}).resolve()
 
 
@@ -186,9 +187,10 @@ def test_the_resident_loader_draws_the_same_boxes_and_nearly_the_same_pixels(mak
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_normalised_views_in_micro_batches(kind: str, make: Any) -> None:
-    whole = next(make(kind, plan=SIMCLR).epoch(0))[0]
-    parts = next(make(kind, plan=SIMCLR, accumulation=3).epoch(0))
-    assert whole.views.shape == (2, 12, 3, 48, 48)
+    plan = (*SIMCLR, *POLICIES)
+    whole = next(make(kind, plan=plan).epoch(0))[0]
+    parts = next(make(kind, plan=plan, accumulation=3).epoch(0))
+    assert whole.views.shape == (4, 12, 3, 48, 48)
     assert whole.views.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
     assert whole.labels.dtype == whole.indices.dtype == torch.int64
     assert whole.labels.tolist() == [0 if i < 21 else 1 for i in whole.indices.tolist()]

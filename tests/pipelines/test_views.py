@@ -46,10 +46,26 @@ def test_the_papers_numbers() -> None:
     assert not plain.augmented
     assert augmented.augmented
     assert all(view.flip == 0 and view.hue == 0 for view in ViewsConfig(plan="digits").resolve())
+    policies = {name: PLANS[f"mvmr_{name}"] for name in ("randaugment", "autoaugment", "cifar", "cifar20")}
+    for plain, augmented in policies.values():
+        assert plain == PLANS["mvmr"][0]
+        assert augmented.augmented
+    augmented = policies["randaugment"][1]
+    assert (augmented.policy, augmented.policy_ops, augmented.policy_magnitude) == ("randaugment", 4, 10)
+    assert (augmented.crop_scale, augmented.flip, augmented.jitter) == ((0.08, 1.0), 0, 0)
+    assert (policies["autoaugment"][1].policy, policies["autoaugment"][1].crop) == (
+        "autoaugment_imagenet",
+        "random_resized",
+    )
+    assert (policies["cifar"][1].crop, policies["cifar"][1].pad, policies["cifar"][1].flip) == ("pad_and_crop", 4, 0.5)
+    small = policies["cifar20"][1]
+    assert (small.brightness, small.contrast, small.saturation, small.hue) == (0.4, 0.4, 0.4, 0.1)
+    assert (small.jitter, small.grayscale, small.flip, small.crop_scale) == (0.8, 0.1, 0.5, (0.2, 1.0))
 
 
 def test_strength_scales_the_jitter_from_the_plans_own() -> None:
-    assert ViewsConfig(plan="simclr_cifar", strength=0.5).resolve() == PLANS["simclr_cifar"]
+    for plan in ("simclr_cifar", "mvmr_cifar20"):
+        assert ViewsConfig(plan=plan, strength=0.5).resolve() == PLANS[plan]
     view = ViewsConfig(plan="simclr", strength=0.5).resolve()[0]
     assert (view.brightness, view.hue, view.jitter) == (0.4, 0.1, 0.8)
 
@@ -65,6 +81,13 @@ def test_custom_plan() -> None:
     config = ViewsConfig.model_validate({"custom": [{"crop": "whole"}, {"crop": "random_resized", "flip": 0.5}]})
     assert len(config.resolve()) == 2
     assert ViewsConfig(**config.model_dump()) == config
+    config = ViewsConfig.model_validate({"custom": [{"policy": "randaugment", "policy_ops": 3}]})
+    assert (config.resolve()[0].policy_ops, config.resolve()[0].policy_magnitude) == (3, 9)
+
+
+def test_a_policy_can_be_put_into_a_named_plan() -> None:
+    plain, augmented = ViewsConfig(plan="mvmr", override={"policy": "autoaugment_svhn"}).resolve()
+    assert (plain.policy, augmented.policy) == ("none", "autoaugment_svhn")
 
 
 def test_kernel_is_a_tenth_of_the_side() -> None:
@@ -90,6 +113,9 @@ def test_kernel_is_a_tenth_of_the_side() -> None:
         ({"custom": [{"blur_kernel": 3}, {"blur_kernel": 5}]}, "blur_kernel must be the same"),
         ({"custom": [{"colour": 1}]}, "colour"),
         ({"plans": "byol"}, "plans"),
+        ({"custom": [{"policy": "randaug"}]}, "policy"),
+        ({"override": {"policy_magnitude": 31}}, "policy_magnitude: .*30"),
+        ({"override": {"policy_ops": 0}}, "policy_ops: .*1"),
     ],
 )
 def test_refusals_name_the_thing(config: dict, message: str) -> None:
