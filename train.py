@@ -17,6 +17,7 @@ import typer
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.choice import build_loader, choose
 from pipelines.sources import DataError, Source, describe, open_source
+from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
 from trainers.methods import Facts, build_method
@@ -94,6 +95,7 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         "image_size": size,
         "mean": source.mean,
         "std": source.std,
+        "dropout": dropout_rate(method.encoder),
     }
     return Run(directory, recipe.epochs, method, engine, loader, schedule, monitor, log, recipe.checkpoint, export)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pipelines.config import LoaderConfig
 from pipelines.plain_views import plain_batches
 from pipelines.sources import DataConfig, Source
+from trainers.dropout import add_dropout
 from trainers.encoders import EncoderConfig, build_encoder
 from trainers.state import CheckpointError, find_checkpoint, load_strict
 
@@ -157,10 +158,15 @@ def _assemble(
         about = json.loads(metadata)
         size = int(about["image_size"])
         config = EncoderConfig(arch=about["arch"], stem=about["stem"])
+        dropout = float(about.get("dropout", 0))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
         mean, std = (cast(Statistics, tuple(float(value) for value in about[name])) for name in ("mean", "std"))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{label}: its 'twinstream' metadata is damaged: {error}") from error
     module = build_encoder(config, size)
+    if dropout > 0:  # off in evaluation, unless trainers.dropout.mc_dropout turns it on
+        add_dropout(module, dropout)
     load_strict(module, tensors, label)
     identity = weights_hash(tensors)
     return FrozenEncoder(label, module, size, mean, std, identity, folder, config, data)

@@ -16,7 +16,9 @@ from pipelines.plain_views import plain_batches
 from pipelines.sources import Source
 from trainers.encoders import feature_width
 from trainers.engine import Ranks
+from trainers.fitting import fitted_state, load_fitted
 from trainers.knn import knn_votes, top_accuracy
+from trainers.mine import Mine
 from trainers.step import StepResult
 
 KNN_SETTINGS = ((20, 0.07), (200, 0.1))
@@ -26,6 +28,7 @@ class MonitorConfig(Section):
     every_epochs: float = Field(1.0, gt=0)
     images: int = Field(10_000, ge=1)  # at most this many held-out images, and as many to search among
     probe_lr: float = Field(1e-3, gt=0)  # Adam, for the online linear probe
+    mine: bool = False  # estimate the mutual information of the features of two views, trained in every step
 
 
 class Probe(nn.Module):
@@ -57,25 +60,14 @@ class Probe(nn.Module):
         return loss
 
     def state(self) -> dict[str, Tensor]:
-        tensors = dict(self.linear.state_dict())
-        for name, parameter in self.linear.named_parameters():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}::{key}"] = value
-        return tensors
+        return fitted_state(self.linear, self.optimizer)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        weights = {name: value for name, value in tensors.items() if "::" not in name}
-        self.linear.load_state_dict(weights, strict=True)
-        for name, parameter in self.linear.named_parameters():
-            for full, value in tensors.items():
-                owner, _, key = full.rpartition("::")
-                if owner == name:
-                    device = value.device if value.dim() == 0 else parameter.device
-                    self.optimizer.state[parameter][key] = value.to(device).clone()
+        load_fitted(self.linear, self.optimizer, tensors)
 
 
 class Monitor:
-    """Online probe in every step; kNN, probe accuracy and collapse figures on the held-out part now and then."""
+    """A probe (and MINE) fitted in every step; kNN, probe and collapse figures on the held-out part now and then."""
 
     def __init__(
         self,
@@ -100,13 +92,29 @@ class Monitor:
         self.probe: Probe | None = None
         if train is not None and not train.multi_label and train.num_classes > 1:
             self.probe = Probe(feature_width(encoder), train.num_classes, config.probe_lr, ranks.device)
+        self.mine = Mine(feature_width(encoder), ranks.device) if config.mine else None
 
     def observe(self, result: StepResult) -> dict[str, Tensor]:
         """Called after each optimizer step; returns scalars to log with the method's."""
-        if self.probe is None:
-            return {}
-        labels = result.batch.labels
-        return {"probe_loss": self.probe.fit(result.embeddings["features"], labels, self.ranks.group)}
+        scalars, group, features = {}, self.ranks.group, result.embeddings["features"]
+        if self.probe is not None:
+            scalars["probe_loss"] = self.probe.fit(features, result.batch.labels, group)
+        if self.mine is not None:
+            if len(features) < 2:
+                raise ValueError("monitor.mine=true compares two views of an image, and the method embeds one")
+            scalars["mine/mutual_information"] = self.mine.fit(features[0], features[1], group)
+        return scalars
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What is trained here, by file name for a checkpoint; the same on all ranks."""
+        trained = {"probe": self.probe, "mine": self.mine}
+        return {name: part.state() for name, part in trained.items() if part is not None}
+
+    def load(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Inverse of ``state``; other entries are passed over."""
+        for name, part in (("probe", self.probe), ("mine", self.mine)):
+            if part is not None:
+                part.load(state[name])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -105,12 +105,10 @@ def save(run: Run, step: int) -> None:
     """Write everything that the run is as a checkpoint."""
     run.engine.average_running_statistics()
     ranks = run.engine.ranks
-    shared = {"method": dict(run.method.state_dict()), "meters": run.log.state()}
+    shared = {"method": dict(run.method.state_dict()), "meters": run.log.state(), **run.monitor.state()}
     sharded = {"generators": generator_states(ranks.device)}
     if (loader_state := run.loader.state()) is not None:
         sharded["loader"] = {"state": loader_state}
-    if run.monitor.probe is not None:
-        shared["probe"] = run.monitor.probe.state()
     (sharded if run.engine.config.zero_stage else shared)["optimizer"] = run.engine.optimizer_state()
     values = {
         "epoch": step // run.loader.steps_per_epoch,
@@ -146,8 +144,7 @@ def _resume(run: Run) -> int:
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     run.log.load(state.shared["meters"], ranks.device)
-    if run.monitor.probe is not None:
-        run.monitor.probe.load(state.shared["probe"])
+    run.monitor.load(state.shared)
     if "generators" in state.sharded:
         restore_generators(state.sharded["generators"], ranks.device)
     if "loader" in state.sharded:

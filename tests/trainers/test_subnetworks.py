@@ -57,22 +57,21 @@ def test_scores_and_gradients_are_those_of_separate_networks(
 
 def test_dropout_drops_at_its_rate_keeps_the_mean_and_is_off_in_evaluation() -> None:
     torch.manual_seed(0)
-    subnetworks = Subnetworks(4, SubnetworksConfig(count=2, widths=(30_000, 1), dropout=0.3))
+    subnetworks = Subnetworks(4, SubnetworksConfig(count=2, widths=(30_000, 1), dropout=0.3)).double()
     with torch.no_grad():
         subnetworks.layers[0].weight.zero_()
         subnetworks.layers[0].bias.fill_(1.0)
         subnetworks.layers[1].weight.fill_(1 / 30_000)
         subnetworks.layers[1].bias.zero_()
-    z = torch.randn(20, 4)
+    z = torch.randn(20, 4, dtype=torch.float64)
     # Each score is the mean of 30,000 activations, each 0 or 1/0.7: of mean 1 and deviation sqrt(0.3/0.7/30,000).
     scores = subnetworks(z)
     deviation = math.sqrt(0.3 / 0.7 / 30_000)
     assert (scores - 1).abs().max() < 4.5 * deviation
-    assert scores.std().item() == pytest.approx(
-        deviation, rel=0.4
-    )  # 40 scores: independent draws, over rows and subnetworks
+    # Of 40 scores whose activations are dropped independently, whatever their row and subnetwork.
+    assert scores.std().item() == pytest.approx(deviation, rel=0.4)
     assert not torch.equal(scores, subnetworks(z))
-    torch.testing.assert_close(subnetworks.eval()(z), torch.ones(20, 2))
+    torch.testing.assert_close(subnetworks.eval()(z), torch.ones(20, 2, dtype=torch.float64))
 
 
 def test_dropout_is_an_activation_s_own_and_its_gradient_follows_it() -> None:
