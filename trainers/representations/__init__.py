@@ -45,7 +45,7 @@ def represent(
     names = list(names)
     found: dict[str, Tensor] = {}
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        plain = images.to(_working_dtype(images))
+        plain = images.detach().to(_working_dtype(images))
         again = augment().to(plain.dtype) if any(name.startswith(_AUGMENTED) for name in names) else plain
         for name in names:
             function = functions[name.removeprefix(_AUGMENTED)]
