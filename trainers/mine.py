@@ -28,7 +28,8 @@ class Mine(nn.Module):
         """``rate``: what a batch contributes to the moving average."""
         super().__init__()
         self.network = nn.Sequential(
-            nn.Linear(2 * features, width), nn.ELU(), nn.Linear(width, width), nn.ELU(), nn.Linear(width, 1)
+            *(nn.Linear(2 * features, width), nn.ELU(), nn.Linear(width, width), nn.ELU()),
+            nn.Linear(width, 1, bias=False),  # a constant cancels out of the bound
         )
         self.rate = rate
         self.register_buffer("log_average", torch.tensor(-math.inf))
@@ -47,7 +48,7 @@ class Mine(nn.Module):
         rows = len(x) * (1 if group is None else dist.get_world_size(group))
         if rows < 2:
             raise ValueError("MINE tells pairs of one image from pairs of two: it needs at least 2 rows, got 1")
-        x, y = x.detach().float(), y.detach().float()
+        x, y = (rows_of.detach().to(self.log_average.dtype) for rows_of in (x, y))
         others = torch.cat([y[1:], _first_of_next_rank(y, group)])
         of_pairs, of_others = self.network(torch.cat([torch.cat([x, y], 1), torch.cat([x, others], 1)])).chunk(2)
         with torch.no_grad():
