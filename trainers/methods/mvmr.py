@@ -22,9 +22,14 @@ from trainers.floored_correlation import floored_distance_correlation
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.representations import least_size, represent
-from trainers.representations.augmentation import augment_again
+from trainers.representations.augmentation import Augmentation, augment_again
+from trainers.representations.weights import RepresentationWeights
 
-_SEED_SCALES = {"pixels", "scattering", "augmented_pixels"}  # what the published code divides by 32
+_SEED_SCALES = {
+    "pixels",
+    "scattering",
+    "augmented_pixels",
+}  # what the published code divides by 32, as it does embeddings
 
 
 class Projector(ProjectorConfig):
@@ -41,35 +46,6 @@ class Weights(Section):
     views: float = Field(1.0, ge=0)
 
 
-class Representations(Section):
-    """The weight of each representation of the image without augmentation; 0: it is not computed."""
-
-    pixels: float = Field(1.0, ge=0)
-    scattering: float = Field(1.0, ge=0)
-    augmented_pixels: float = Field(1.0, ge=0)
-    hog: float = Field(1.0, ge=0)
-    local_std: float = Field(1.0, ge=0)
-    dct: float = Field(0.0, ge=0)
-    patch_scattering: float = Field(0.0, ge=0)
-    augmented_scattering: float = Field(0.0, ge=0)
-    augmented_hog: float = Field(0.0, ge=0)
-    augmented_local_std: float = Field(0.0, ge=0)
-
-
-class Augmentation(View):
-    """What makes the images of the augmented_… representations, from the image without augmentation."""
-
-    crop: Literal["random_resized", "pad_and_crop", "whole", "center"] = "random_resized"
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.8
-    contrast: float = 0.8
-    saturation: float = 0.8
-    hue: float = 0.2
-    grayscale: float = 0.2
-    blur: float = 1.0
-
-
 class Config(MethodConfig):
     name: Literal["mvmr"] = "mvmr"
     std_margin: float = Field(1.0, gt=0)  # below which the standard deviation of an embedding's dimension costs
@@ -77,7 +53,7 @@ class Config(MethodConfig):
     # whatever has many dimensions.
     estimator: Literal["unbiased", "biased"] | None = None
     weights: Weights = Weights()
-    representations: Representations = Representations()
+    representations: RepresentationWeights = RepresentationWeights()
     augmentation: Augmentation = Augmentation()
     projector: Projector = Projector()
     # As the published code computes, against its paper: dependence on representations is made small, not large; biased
@@ -161,7 +137,7 @@ class Method(BaseMethod):
         loss = weights.mse * mse + weights.std * hinge + weights.views * (1 - of_views)
         scalars = {"mse": mse, "std_hinge": hinge, "embedding_std": deviations.mean(), "dependence_views": of_views}
         for name, weight in self.representations.items():
-            dependence = self._dependence(embeddings[name].squeeze(0), augmented, group, name)
+            dependence = self._dependence(embeddings[name].squeeze(0), augmented, group, scaled=name in _SEED_SCALES)
             loss = loss + weight * (dependence if config.faithful else 1 - dependence)
             scalars[f"dependence_{name}"] = dependence
         return {"loss": loss, **{name: value.detach() for name, value in scalars.items()}}
@@ -170,10 +146,10 @@ class Method(BaseMethod):
         self.steps.add_(1)
         self._step += 1
 
-    def _dependence(self, x: Tensor, z: Tensor, group: dist.ProcessGroup | None, name: str = "pixels") -> Tensor:
-        """Of embeddings z [N, D] on x [N, p]; over all ranks."""
+    def _dependence(self, x: Tensor, z: Tensor, group: dist.ProcessGroup | None, scaled: bool = True) -> Tensor:
+        """Of embeddings z [N, D] on x [N, p] over all ranks; ``scaled``: whether the published code divides x by 32."""
         if self.config.faithful:
-            return floored_distance_correlation(x, z, group, scale_x=name in _SEED_SCALES)
+            return floored_distance_correlation(x, z, group, scale_x=scaled)
         return distance_correlation(x, z, unbiased=self.config.estimator != "biased", group=group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +13,20 @@ from pipelines.policies import apply_policies
 from pipelines.views import View, draw_boxes, draw_photometric
 
 _SEED = 0x2303_12130  # of these draws alone: they share none with the views
+
+
+class Augmentation(View):
+    """What is done to an image for its augmented_… representations: by default MV-MR's augmented view."""
+
+    crop: Literal["random_resized", "pad_and_crop", "whole", "center"] = "random_resized"
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.8
+    contrast: float = 0.8
+    saturation: float = 0.8
+    hue: float = 0.2
+    grayscale: float = 0.2
+    blur: float = 1.0
 
 
 def augment_again(
