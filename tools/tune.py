@@ -120,7 +120,7 @@ def _find_batch(recipe: Recipe, images: int, tries: Tries, multiple: int) -> tup
         )
     best = next(one for one in tries.tried if one.batch_size == batch)
     epoch = count_steps(images, batch, recipe.data.last)
-    console.print(f"batch_size={batch}: an epoch of {images:,} images is {epoch:,} steps")
+    console.print(f"batch_size={batch}: steps in an epoch of {images:,} images: {epoch:,}")
     before, after = recipe.optim.scaled_lr(recipe.batch_size), recipe.optim.scaled_lr(batch)
     if batch != recipe.batch_size:
         rule = (
@@ -139,7 +139,7 @@ def _find_batch(recipe: Recipe, images: int, tries: Tries, multiple: int) -> tup
 def _find_lr(recipe: Recipe, path: Path, bounds: tuple[float, float], steps: int, picture: Path) -> tuple[float, str]:
     """``optim.lr``, and how it was found."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("sweeping the learning rate", total=steps)
         curve = sweep_recipe(recipe, path, *bounds, steps, lambda: bar.advance(task))
     if not curve.lrs:

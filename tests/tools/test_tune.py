@@ -260,7 +260,7 @@ def test_batch_and_learning_rate_of_a_recipe(recipe: Path, tmp_path: Path, monke
     assert result.exit_code == 0, result.output
     written = ["tiny-tuned-lr.json", "tiny-tuned-lr.png", "tiny-tuned.yaml", "tiny.yaml"]
     assert sorted(os.listdir(tmp_path)) == written  # and no run
-    assert "an epoch of 32 images is 1 step" in result.output
+    assert "steps in an epoch of 32 images: 1\n" in result.output
     assert "optim.lr_scaling=linear: the peak learning rate" not in result.output  # the batch is that of the start
 
     facts = json.loads((tmp_path / "tiny-tuned-lr.json").read_text())

@@ -33,6 +33,7 @@ from trainers.step import train_step
 
 STEPS = 3  # of a try: the second has the optimizer's state, the third the loader's batches ahead
 _INTERVAL = 0.02  # seconds between two looks at a process's memory
+_WORKERS_EVERY = 25  # looks: theirs takes milliseconds to add up
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 
 
@@ -133,7 +134,7 @@ class Tries:
             ours.close()
 
     def _watched(self, process: Any, pipe: Connection, batch_size: int) -> Try:
-        watched, own, workers = False, 0, 0
+        watched, looks, own, workers = False, 0, 0, 0
         while True:
             if pipe.poll(_INTERVAL):
                 try:
@@ -153,7 +154,10 @@ class Tries:
                     peak = said["peak"] + workers
                     return Try(batch_size, "fits" if peak <= _known(self.budget) else "too large", peak, said["rate"])
             if watched:
-                own, workers = (max(pair) for pair in zip((own, workers), _resident(process.pid), strict=True))
+                own = max(own, _resident(process.pid))
+                if looks % _WORKERS_EVERY == 0:
+                    workers = max(workers, _resident_of_workers(process.pid))
+                looks += 1
                 if own + workers > _known(self.budget):
                     return Try(batch_size, "stopped on passing the budget", own + workers)
 
@@ -245,18 +249,23 @@ def _largest_resident() -> int:
 # ---- beside it ------------------------------------------------------------------------------------------
 
 
-def _resident(pid: int) -> tuple[int, int]:
-    """Bytes that a process and those that it started have in memory now."""
+def _resident(pid: int) -> int:
+    """Bytes that a process has in memory now; 0 where it has ended."""
     try:
-        process = psutil.Process(pid)
-        own, workers = process.memory_info().rss, 0
-        for worker in process.children(recursive=True):
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return 0
+
+
+def _resident_of_workers(pid: int) -> int:
+    """The same of all processes that it started, pages that several share counted once."""
+    held = 0
+    with contextlib.suppress(psutil.Error):
+        for worker in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 full = worker.memory_full_info()
-                workers += getattr(full, "pss", full.uss)  # pages that several share are counted once
-    except psutil.Error:
-        return 0, 0
-    return own, workers
+                held += getattr(full, "pss", full.uss)
+    return held
 
 
 def _died(process: Any, batch_size: int) -> Try:

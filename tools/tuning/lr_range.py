@@ -150,5 +150,5 @@ def _draw(curve: Curve, picture: Path, title: str, scale: float) -> None:
     axes.set_ylabel("loss")
     axes.set_title(title, fontsize=11)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(fontsize=9)
+    axes.legend(fontsize=9, loc="lower left")  # a curve that falls is elsewhere
     figure.savefig(picture)
