@@ -8,8 +8,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipelines.views import View
+from tests.trainers.small_runs import BATCH, SmallEncoder, facts
+from trainers.methods import build_method
+from trainers.methods.clipdistill import Config
+
 VIT: dict[str, Any] = {"image_size": 16, "layers": 2, "width": 32, "patch_size": 4, "head_width": 16}
 RESNET: dict[str, Any] = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}  # with BatchNorm
+PLAIN = (View(crop="center"), View(crop="random_resized"))
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)  # not CLIP's usual ones
 
 
@@ -33,3 +39,16 @@ def write_teacher(folder: Path, vision: dict[str, Any] = VIT) -> str:
     settings = {"model_cfg": model_config(vision), "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     return f"local-dir:{folder}"
+
+
+def settings(teacher: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Of the method clipdistill, with small heads."""
+    heads = {} if changes.get("mode") == "supervised" else {"projector": {"hidden": 32, "output": 16}}
+    return teacher | heads | changes
+
+
+def plain_method(given: dict[str, Any], plan: tuple[View, ...] = PLAIN, dtype: torch.dtype = torch.float64) -> Any:
+    """The method clipdistill with `given` settings, on the 48 images of two steps."""
+    torch.manual_seed(0)
+    config = Config.model_validate({"name": "clipdistill", **given})
+    return build_method(config, SmallEncoder(), facts(plan=plan, images=2 * BATCH)).to(dtype)
