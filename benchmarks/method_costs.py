@@ -28,9 +28,9 @@ from rich.table import Table
 from benchmarks.harness import Run, machine
 from kernels import SupportSet, bregman_loss
 from trainers.encoders import EncoderConfig, build_encoder
-from trainers.prototypes import Prototypes
-from trainers.subnetworks import Subnetworks, SubnetworksConfig
-from trainers.winners import usage_divergence, winner_statistics
+from trainers.parts.prototypes import Prototypes
+from trainers.parts.subnetworks import Subnetworks, SubnetworksConfig
+from trainers.parts.winners import usage_divergence, winner_statistics
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class RunLog:
         self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
         self.active = ranks.is_main
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
+        self._counts: dict[str, int] = {}  # of the steps in each sum: some scalars come only now and then
         self._interval_start = time.perf_counter()
         self._waited = 0.0
         self._interval_steps = 0
@@ -96,7 +96,7 @@ class RunLog:
         for name, value in scalars.items():
             value = value.detach().double()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._steps += 1
+            self._counts[name] = self._counts.get(name, 0) + 1
         self._interval_steps += 1
         self._waited += waited
         if self._progress is not None:
@@ -104,7 +104,7 @@ class RunLog:
 
     def write_step(self, step: int, epoch: float, lr: float) -> dict[str, float]:
         """The mean of all scalars since the last call, as one row and one line; returns it on every rank."""
-        row = {f"train/{name}": float(total) / self._steps for name, total in self._sums.items()}
+        row = {f"train/{name}": float(total) / self._counts[name] for name, total in self._sums.items()}
         row["train/lr"] = lr
         seconds = time.perf_counter() - self._interval_start
         if self._interval_steps:
@@ -117,7 +117,7 @@ class RunLog:
                     f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {row['train/loss']:.4f}  lr {lr:.3g}"
                     f"  {rate:,.0f} images/s  data wait {wait:.0%}  ETA {_clock(eta)}"
                 )
-        self._sums, self._steps = {}, 0
+        self._sums, self._counts = {}, {}
         self.restart_clock()
         self.write(step, epoch, row)
         return row
@@ -146,11 +146,11 @@ class RunLog:
 
     def state(self) -> dict[str, Tensor]:
         """Sums that a checkpoint between two rows would otherwise lose."""
-        return {**self._sums, "::steps": torch.tensor(self._steps)}
+        return self._sums | {f"{name}::steps": torch.tensor(count) for name, count in self._counts.items()}
 
     def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
-        self._steps = int(tensors["::steps"])
-        self._sums = {name: value.to(device) for name, value in tensors.items() if name != "::steps"}
+        self._sums = {name: value.to(device) for name, value in tensors.items() if not name.endswith("::steps")}
+        self._counts = {name: int(tensors[f"{name}::steps"]) for name in self._sums}
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False)

@@ -17,9 +17,9 @@ from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
+from trainers.parts.subnetworks import Subnetworks, SubnetworksConfig
+from trainers.parts.winners import margin_loss, usage_divergence, winner_statistics
 from trainers.similarity import view_similarities
-from trainers.subnetworks import Subnetworks, SubnetworksConfig
-from trainers.winners import margin_loss, usage_divergence, winner_statistics
 
 
 class Projector(ProjectorConfig):

@@ -17,16 +17,16 @@ from pipelines.batch import ViewBatch
 from pipelines.config import Section
 from pipelines.sources import DataError
 from pipelines.views import View
-from trainers.classification import divergence, labelled_accuracy, labelled_cross_entropy
-from trainers.clip_teacher import ClipTeacher
-from trainers.deviations import batch_deviations
 from trainers.encoders import feature_width
-from trainers.floored_correlation import floored_distance_correlation
 from trainers.heads import build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.methods.mvmr import Projector
-from trainers.remembered import RememberedRows
-from trainers.teacher_head import TeacherHead
+from trainers.parts.classification import divergence, labelled_accuracy, labelled_cross_entropy
+from trainers.parts.clip_teacher import ClipTeacher
+from trainers.parts.deviations import batch_deviations
+from trainers.parts.floored_correlation import floored_distance_correlation
+from trainers.parts.remembered import RememberedRows
+from trainers.parts.teacher_head import TeacherHead
 
 
 class Weights(Section):

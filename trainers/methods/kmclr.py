@@ -13,8 +13,8 @@ from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import PredictorConfig, build_predictor, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
-from trainers.neighbours import NeighbourProjector, class_labels, embed_and_predict, masked_means, neighbour_loss
-from trainers.prototypes import Prototypes
+from trainers.parts.neighbours import NeighbourProjector, class_labels, embed_and_predict, masked_means, neighbour_loss
+from trainers.parts.prototypes import Prototypes
 from trainers.similarity import view_similarities
 
 

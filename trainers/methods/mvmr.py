@@ -16,14 +16,14 @@ from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
 from pipelines.config import Section
 from pipelines.views import View
-from trainers.deviations import batch_deviations
 from trainers.encoders import feature_width
-from trainers.floored_correlation import floored_distance_correlation
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
-from trainers.representations import least_size, represent
-from trainers.representations.augmentation import Augmentation, augment_again
-from trainers.representations.weights import RepresentationWeights
+from trainers.parts.deviations import batch_deviations
+from trainers.parts.floored_correlation import floored_distance_correlation
+from trainers.parts.representations import least_size, represent
+from trainers.parts.representations.augmentation import Augmentation, augment_again
+from trainers.parts.representations.weights import RepresentationWeights
 
 _SEED_SCALES = {
     "pixels",

@@ -14,14 +14,14 @@ from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
 from trainers.methods import BaseMethod, Facts, MethodConfig
-from trainers.pair_softmax import pair_softmax
+from trainers.parts.pair_softmax import pair_softmax
 from trainers.similarity import view_similarities
 
 
 class Config(MethodConfig):
     name: Literal["simclr"] = "simclr"
     temperature: float = Field(0.1, gt=0)
-    # cosine is SimCLR; the others compare (`trainers.pair_softmax`), and cost about three times as much.
+    # cosine is SimCLR; the others compare (`trainers.parts.pair_softmax`), and cost about three times as much.
     similarity: Literal["cosine", "gaussian", "sne", "student_t", "student_t_l1"] = "cosine"
     projector: ProjectorConfig = ProjectorConfig()
 

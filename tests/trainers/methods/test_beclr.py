@@ -1,6 +1,6 @@
 """BeCLR as a method: its loss from the formula, what its switches do, and its parts on ranks and after a resume.
 
-The parts of the loss have their own tests: tests/kernels/test_bregman.py, tests/trainers/test_subnetworks.py.
+The parts of the loss have their own tests: tests/kernels/test_bregman.py, tests/trainers/parts/test_subnetworks.py.
 """
 
 import math

@@ -15,6 +15,7 @@ from configs.recipe import RecipeError, load_recipe
 from pipelines.batch import ViewBatch
 from pipelines.sources import DataError
 from pipelines.views import View
+from tests.trainers.parts.tiny_clip import plain_method, settings, write_teacher
 from tests.trainers.small_runs import (
     BATCH,
     SmallEncoder,
@@ -24,7 +25,6 @@ from tests.trainers.small_runs import (
     make_method,
     views_of_step,
 )
-from tests.trainers.tiny_clip import plain_method, settings, write_teacher
 from trainers.methods import BaseMethod, build_method
 from trainers.methods.clipdistill import Config
 

@@ -17,8 +17,8 @@ from pipelines.batch import ViewBatch
 from pipelines.views import View
 from tests.distributed import run_ranks
 from tests.test_train import final_tensors, interrupt, rows, run
+from tests.trainers.parts.tiny_clip import PLAIN, plain_method, settings, write_teacher
 from tests.trainers.small_runs import BATCH, LR, SmallRun, micro_batches, views_of_step
-from tests.trainers.tiny_clip import PLAIN, plain_method, settings, write_teacher
 from trainers.encoders import EncoderConfig, build_encoder
 from trainers.state import load_strict
 from trainers.step import train_step

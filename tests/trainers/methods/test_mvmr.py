@@ -15,7 +15,7 @@ from tests.trainers.small_runs import SmallEncoder, check_ranks_and_micro_batche
 from trainers.heads import build_projector
 from trainers.methods import BaseMethod, build_method
 from trainers.methods.mvmr import Config
-from trainers.representations import NAMES
+from trainers.parts.representations import NAMES
 
 HEADS = {"projector": {"hidden": 32, "output": 16}}
 SOME = {"pixels": 0.7, "scattering": 0.2, "augmented_pixels": 0.4, "hog": 0.3, "local_std": 1.1}

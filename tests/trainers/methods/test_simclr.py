@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.trainers.small_runs import check_ranks_and_micro_batches, check_resumes, make_method, views_of_step
-from trainers.pair_softmax import SIMILARITIES, pair_softmax
+from trainers.parts.pair_softmax import SIMILARITIES, pair_softmax
 
 SETTINGS = {"temperature": 0.5, "projector": {"hidden": 32, "output": 16}}
 
@@ -40,7 +40,7 @@ def pair(n: int, d: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("name", SIMILARITIES)
 def test_other_similarities_follow_their_formula(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainers.pair_softmax._TILE_ROWS", 7)  # tiles that do not divide the rows
+    monkeypatch.setattr("trainers.parts.pair_softmax._TILE_ROWS", 7)  # tiles that do not divide the rows
     z1, z2 = pair(9, 5)
     loss, hits = pair_softmax(z1, z2, similarity=name, temperature=0.1)
     assert loss.item() == pytest.approx(loss_of(name, z1, z2, 0.1), rel=1e-12)

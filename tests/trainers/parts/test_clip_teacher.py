@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from pipelines.sources import DataError
-from tests.trainers.tiny_clip import MEAN, RESNET, STD, VIT, model_config, write_teacher
-from trainers.clip_teacher import ClipTeacher
+from tests.trainers.parts.tiny_clip import MEAN, RESNET, STD, VIT, model_config, write_teacher
+from trainers.parts.clip_teacher import ClipTeacher
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed (pip install 'twinstream[clip]')")
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainers.representations.chunks import in_chunks
+from trainers.parts.representations.chunks import in_chunks
 
 _SIGMA, _FREQUENCY = 0.8, 3 * math.pi / 4  # of the finest wavelet: pixels, and radians a pixel; an octave less a scale
 _TILES = range(-2, 3)  # a filter is periodic: its tails from so many pictures around are added

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from trainers.remembered import RememberedRows
+from trainers.parts.remembered import RememberedRows
 
 WIDTH = 3
 

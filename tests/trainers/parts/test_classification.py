@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.distributed import run_ranks
-from trainers.classification import divergence, labelled_accuracy, labelled_cross_entropy
-from trainers.teacher_head import TeacherHead
+from trainers.parts.classification import divergence, labelled_accuracy, labelled_cross_entropy
+from trainers.parts.teacher_head import TeacherHead
 
 N, C, D = 12, 5, 4
 LABELS = torch.tensor([3, -1, -1, 0, -1, -1, 1, 4, 2, 2, -1, 0])  # of the halves: 2 and 5

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.batch import ViewBatch
 from tests.distributed import run_ranks
-from trainers.neighbours import class_labels, masked_means, neighbour_loss
+from trainers.parts.neighbours import class_labels, masked_means, neighbour_loss
 
 M, D, TEMPERATURE = 6, 5, 0.3
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.ranks import mean_over_ranks
-from trainers.classification import labelled_cross_entropy
+from trainers.parts.classification import labelled_cross_entropy
 
 _MOMENTUM = 0.9
 

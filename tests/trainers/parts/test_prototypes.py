@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.prototypes import LEAST_SHARE, ROWS_REMEMBERED, Prototypes
+from trainers.parts.prototypes import LEAST_SHARE, ROWS_REMEMBERED, Prototypes
 
 K, D, C, B = 5, 3, 4, 8
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from kernels import bregman_loss
 from tests.distributed import run_ranks
-from trainers.subnetworks import Subnetworks, SubnetworksConfig
-from trainers.winners import draw_negatives, margin_loss, usage_divergence, winner_statistics
+from trainers.parts.subnetworks import Subnetworks, SubnetworksConfig
+from trainers.parts.winners import draw_negatives, margin_loss, usage_divergence, winner_statistics
 
 
 def as_networks(subnetworks: Subnetworks) -> list[nn.Sequential]:
@@ -31,7 +31,9 @@ def as_networks(subnetworks: Subnetworks) -> list[nn.Sequential]:
 def test_scores_and_gradients_are_those_of_separate_networks(
     widths: tuple[int, ...], normalise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trainers.subnetworks._CPU_TILE", 13 * 7 * 2)  # two subnetworks at a time, and one left over
+    monkeypatch.setattr(
+        "trainers.parts.subnetworks._CPU_TILE", 13 * 7 * 2
+    )  # two subnetworks at a time, and one left over
     torch.manual_seed(0)
     config = SubnetworksConfig(count=5, widths=widths, dropout=0, normalise=normalise)
     subnetworks = Subnetworks(6, config).double()

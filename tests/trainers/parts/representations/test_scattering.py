@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.representations import chunks
-from trainers.representations.scattering import scattering
+from trainers.parts.representations import chunks
+from trainers.parts.representations.scattering import scattering
 
 
 def images(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -8,9 +8,9 @@ import scipy.fft
 import torch
 from torch import Tensor
 
-from trainers.representations import NAMES, chunks, least_size, represent
-from trainers.representations.gradients import oriented_gradients
-from trainers.representations.scattering import scattering
+from trainers.parts.representations import NAMES, chunks, least_size, represent
+from trainers.parts.representations.gradients import oriented_gradients
+from trainers.parts.representations.scattering import scattering
 
 
 def images(height: int = 13, width: int = 18, count: int = 3) -> Tensor:

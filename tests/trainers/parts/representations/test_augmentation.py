@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pipelines.views import PLANS, View
-from trainers.representations.augmentation import augment_again
+from trainers.parts.representations.augmentation import augment_again
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEW = PLANS["mvmr"][1]

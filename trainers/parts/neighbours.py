@@ -4,7 +4,6 @@ of the other view from the predictions of all images."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import contrastive_loss
-from kernels.ranks import gather_rows_with_gradient, group_or_none
+from kernels.ranks import gather_rows_with_gradient, group_or_none, mean_over_ranks
 from pipelines.batch import ViewBatch
 from trainers.heads import ProjectorConfig
 
@@ -68,22 +67,7 @@ def neighbour_loss(
     ]
     losses, hits = (torch.cat(halves) for halves in zip(*rows, strict=True))
     # The gradient of the local mean is the right one: collected from all ranks it is W times that of the global mean.
-    loss = losses.mean() if group is None else _MeanOverRanks.apply(losses.mean(), group)
-    return loss, hits
-
-
-class _MeanOverRanks(torch.autograd.Function):
-    """The mean over all ranks, to the same bit on each; the gradient is passed on as it is."""
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: dist.ProcessGroup) -> Tensor:
-        total = local.clone()
-        dist.all_reduce(total, group=group)
-        return total / dist.get_world_size(group)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream, None
+    return mean_over_ranks(losses.mean(), group), hits
 
 
 @torch.no_grad()

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.representations.chunks import in_chunks
-from trainers.representations.gradients import oriented_gradients
-from trainers.representations.scattering import scattering
+from trainers.parts.representations.chunks import in_chunks
+from trainers.parts.representations.gradients import oriented_gradients
+from trainers.parts.representations.scattering import scattering
 
 _AUGMENTED = "augmented_"
 _STD_FLOOR = 1e-8  # added to the variance, as the method's authors do

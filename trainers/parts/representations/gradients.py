@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.representations.chunks import in_chunks
+from trainers.parts.representations.chunks import in_chunks
 
 BINS, CELL = 24, 8
 

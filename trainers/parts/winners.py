@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.ranks import gather_rows, gather_rows_with_gradient, group_or_none
+from kernels.ranks import gather_rows_with_gradient, group_or_none, mean_over_ranks
 from pipelines.draw import uniforms
 
 
@@ -69,7 +69,7 @@ def margin_loss(
     images = torch.arange(rank * pairs, (rank + 1) * pairs, device=scores.device)
     anchors = torch.cat([images, images + ranks * pairs])
     negative = (everyone[draw_negatives(step, anchors, ranks * pairs)] * regrets).sum(1)
-    return _mean_over_ranks((positive + (margin - negative).clamp_min(0).square()).mean(), group)
+    return mean_over_ranks((positive + (margin - negative).clamp_min(0).square()).mean(), group)
 
 
 def draw_negatives(step: int, anchors: Tensor, pairs: int) -> Tensor:
@@ -101,14 +101,6 @@ def winner_statistics(scores1: Tensor, scores2: Tensor, group: dist.ProcessGroup
     return {
         "active_subnetworks": (counts > 0).to(counts.dtype).sum(),
         "winner_entropy": -torch.xlogy(share, share).sum(),
-        "positive_divergence": _mean_over_ranks(positive.mean(), group),
-        "negative_divergence": _mean_over_ranks(negative.mean(), group),
+        "positive_divergence": mean_over_ranks(positive.mean(), group),
+        "negative_divergence": mean_over_ranks(negative.mean(), group),
     }
-
-
-def _mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """The value of the mean over ranks, with the gradient of the local one: that of the mean times their number."""
-    if group is None:
-        return local
-    everywhere = gather_rows(local.detach()[None], group).mean()
-    return local + (everywhere - local.detach())
