@@ -1,1 +1,1 @@
-"""What several methods are made of, or one whose file would be too long with it: state, losses, hand-crafted features."""
+"""What methods are made of where one file would be too long, or two the same: state, losses, hand-crafted features."""
