@@ -15,7 +15,7 @@ import torch
 import typer
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
-from pipelines.choice import build_loader, choose
+from pipelines.choice import build_loader, choose, steady_pixels
 from pipelines.sources import DataError, Source, describe, open_source
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
@@ -59,6 +59,7 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         steps_per_epoch=loader.steps_per_epoch,
         total_steps=total_steps,
         plan=recipe.views.resolve(),
+        steady=steady_pixels(name, source, recipe.data),
     )
     method = build_method(recipe.method, build_encoder(recipe.encoder, size), facts)
     method = prepare_module(method, recipe.engine, ranks)

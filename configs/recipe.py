@@ -110,6 +110,11 @@ def check_combinations(recipe: Recipe, world_size: int) -> None:
         )
     if recipe.log.wandb and importlib.util.find_spec("wandb") is None:
         raise RecipeError("log.wandb=true, but wandb is not installed: pip install wandb, or set log.wandb=false")
+    if recipe.monitor.mine and not recipe.method.embeds_pairs:
+        raise RecipeError(
+            f"monitor.mine=true compares two views of an image, and method.name={recipe.method.name} embeds one as it"
+            " is set; leave monitor.mine out"
+        )
     try:
         recipe.method.check_views(recipe.views.resolve())
     except ValueError as error:
@@ -138,7 +143,7 @@ def _check_against_data(recipe: Recipe, parts: int) -> None:
             )
     steps = count_steps(images, batch, recipe.data.last)
     try:
-        recipe.method.check(images=images, batch_size=batch)
+        recipe.method.check(images=images, batch_size=batch, image_size=size)
         build_schedule(recipe.schedule, 1.0, steps, recipe.epochs * steps)
     except ValueError as error:
         raise RecipeError(str(error)) from error

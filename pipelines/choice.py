@@ -76,6 +76,14 @@ def choose(source: Source, config: LoaderConfig, size: int | None, device: torch
     return "plain", f"torchvision, two to three times slower: {why_no_jpeg_decoder()}, and NVIDIA DALI is not installed"
 
 
+def steady_pixels(name: str, source: Source, config: LoaderConfig) -> bool:
+    """Whether a view that is not augmented has the same pixels in every epoch.
+
+    Not so where JPEGs are decoded at a reduced size: how far depends on the other crops of the image as well.
+    """
+    return name == "resident" or not config.scaled or isinstance(source.images, ArrayImages)
+
+
 def _make(
     name: str, source: Source, plan: tuple[View, ...], config: LoaderConfig, settings: dict[str, Any]
 ) -> StreamedLoader:

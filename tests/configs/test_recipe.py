@@ -125,6 +125,10 @@ def test_hash_follows_what_is_trained_not_where_or_how_loudly(recipe: Path) -> N
         (["views.custom=[{}, {}, {}]", "views.plan=simclr"], ["3 views", "simclr"]),
         (["data.source=folder", "data.root=/nonexistent"], ["/nonexistent"]),
         (["epochs"], ["'epochs' is not an override", "key.sub=value"]),
+        (
+            ["method.name=clipdistill", "method.mode=supervised", "monitor.mine=true"],
+            ["monitor.mine=true", "method.name=clipdistill"],
+        ),
         (["a..b=1"], ["not an override"]),
         (["epochs=[1"], ["not YAML"]),
     ],

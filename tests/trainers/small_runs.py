@@ -49,6 +49,7 @@ def facts(views: int = 2, **changes: Any) -> Facts:
         "steps_per_epoch": STEPS,
         "total_steps": STEPS,
         "plan": (View(crop="random_resized"),) * views,
+        "steady": True,
     }
     return Facts(**settings | changes)
 

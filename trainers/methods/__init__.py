@@ -46,18 +46,25 @@ class Facts:
     steps_per_epoch: int
     total_steps: int
     plan: tuple[View, ...]  # the views of an image
+    steady: bool  # whether a view that is not augmented has the same pixels whenever it is made
 
 
 class MethodConfig(Section):
     name: str
+
+    @property
+    def embeds_pairs(self) -> bool:
+        """Whether ``embed`` gives features of two views of an image at least."""
+        return True
 
     def check_views(self, plan: tuple[View, ...]) -> None:
         """Refuse a plan that does not have the views that the method takes; raise ValueError."""
         if len(plan) != 2:
             raise ValueError(f"the views section makes {len(plan)} views of an image, method.name={self.name} takes 2")
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        """Refuse settings that cannot work with this many training images; raise ValueError naming the key."""
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        """Refuse settings that cannot work with so many training images, and views of ``image_size`` pixels; raise
+        ValueError naming the key."""
 
 
 class BaseMethod(nn.Module, ABC):

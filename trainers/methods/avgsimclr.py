@@ -40,7 +40,7 @@ class Config(MethodConfig):
                 " set views.repeat=2 or more with a plan of two"
             )
 
-    def check(self, *, images: int, batch_size: int) -> None:
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves AVGSimCLR without negatives; at least 2")
 

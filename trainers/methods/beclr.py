@@ -48,8 +48,8 @@ class Config(MethodConfig):
     projector: Projector = Projector()
     subnetworks: SubnetworksConfig = SubnetworksConfig()
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves BeCLR without negatives; at least 2")
         first, last = self.soft_temperatures

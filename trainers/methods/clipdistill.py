@@ -55,7 +55,8 @@ class Config(MethodConfig):
     pretrained: str | None = "laion400m_e32"  # the tag of the weights, or their file; null: the teacher brings them
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of views, to the size that the teacher takes
     # The teacher's outputs are kept, on the device and not in checkpoints, where it always sees the same image (the
-    # first view is not augmented) and all of them, 2 bytes a number, fit into so many GB; 0: never.
+    # first view is neither augmented nor, data.scaled=false, decoded at changing sizes) and all of them, 2 bytes a
+    # number, fit into so many GB; 0: never.
     cache_gb: float = Field(2.0, ge=0)
     # Of the dependence; None: unbiased. unbiased: R*², about 0 for what is independent. biased: R, nearly 1 for
     # whatever has many dimensions.
@@ -87,6 +88,10 @@ class Config(MethodConfig):
             raise ValueError("all weights are 0: the loss has no term; set one above 0")
         return self
 
+    @property
+    def embeds_pairs(self) -> bool:
+        return self.mode == "self"
+
     def check_views(self, plan: tuple[View, ...]) -> None:
         if self.mode == "self":
             super().check_views(plan)
@@ -96,8 +101,8 @@ class Config(MethodConfig):
                 " the teacher sees the first"
             )
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 4:
             raise ValueError(f"batch_size={batch_size} is too few images for a distance correlation; at least 4")
 
@@ -117,7 +122,7 @@ class Method(BaseMethod):
             interpolation=config.interpolation,
             own_statistics=not config.faithful,
         )
-        same = not facts.plan[0].augmented  # the teacher sees, whenever it sees an image
+        same = facts.steady and not facts.plan[0].augmented  # the teacher sees, whenever it sees an image
         self.remembered = RememberedRows(facts.images, self.teacher.width, config.cache_gb * 1e9 if same else -1)
         self.encoder = encoder
         if self.supervised:

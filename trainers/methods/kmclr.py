@@ -25,11 +25,11 @@ class Config(MethodConfig):
     update: Literal["mean", "ema"] = "mean"  # of a centre's rows since it was seeded, or exponential moving average
     decay: float | None = Field(None, ge=0, lt=1)  # ema, a step: 0.99
     reseed_epochs: float = Field(3.0, ge=0)  # after so many all centres begin anew from the last projections; 0: never
-    revive: bool = True  # centres that hardly get an image begin anew
+    revive: bool | None = None  # whether centres that hardly get an image begin anew; None: not faithful
     projector: NeighbourProjector = NeighbourProjector()
     predictor: PredictorConfig = PredictorConfig()
     # As the seed's code: Euclidean k-means of projections that are not normalised, from centres drawn from U(0, 1)
-    # that are used from the first step. Not spherical, from the first projections.
+    # that are used from the first step and hardly ever revived. Not spherical, from the first projections.
     faithful: bool = False
 
     @model_validator(mode="after")
@@ -38,8 +38,8 @@ class Config(MethodConfig):
             raise ValueError(f"decay={self.decay} is not used with update={self.update}; remove it, or set update=ema")
         return self
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves KMCLR without negatives; at least 2")
         if self.centres > images:
@@ -68,7 +68,7 @@ class Method(BaseMethod):
             metric="euclidean" if config.faithful else "cosine",
             decay=None if config.update == "mean" else 0.99 if config.decay is None else config.decay,
             reseed_every=reseed_every,
-            revive=config.revive,
+            revive=not config.faithful if config.revive is None else config.revive,
             uniform=config.faithful,
         )
 

@@ -76,10 +76,23 @@ class Config(MethodConfig):
                 " views.plan=mvmr, or views.custom with a first view of crop: center or whole and nothing else"
             )
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 4:
             raise ValueError(f"batch_size={batch_size} is too few images for a distance correlation; at least 4")
+        for name in self.representations.wanted():
+            if image_size < least_size(name):
+                raise ValueError(
+                    f"method.representations.{name} needs images of {least_size(name)} pixels, views have"
+                    f" {image_size}; set it to 0"
+                )
+        again = any(name.startswith("augmented_") for name in self.representations.wanted())
+        kernel = self.augmentation.kernel(image_size) if again and self.augmentation.blur else 1
+        if kernel // 2 >= image_size:
+            raise ValueError(
+                f"method.augmentation.blur_kernel={kernel} is too large for views of {image_size} pixels; at most"
+                f" {2 * image_size - 1}"
+            )
 
 
 class Method(BaseMethod):
@@ -88,13 +101,7 @@ class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
         super().__init__()
         self.config, self.facts = config, facts
-        self.representations = {name: weight for name, weight in config.representations.model_dump().items() if weight}
-        for name in self.representations:
-            if facts.image_size < least_size(name):
-                raise ValueError(
-                    f"method.representations.{name} needs images of {least_size(name)} pixels, views have"
-                    f" {facts.image_size}; set it to 0"
-                )
+        self.representations = config.representations.wanted()
         self.encoder = encoder
         self.projector = build_projector(config.projector, feature_width(encoder))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

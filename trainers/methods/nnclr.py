@@ -34,8 +34,8 @@ class Config(MethodConfig):
     def excludes(self) -> bool:
         return not self.faithful if self.exclude_same_image is None else self.exclude_same_image
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves NNCLR without negatives; at least 2")
         if self.queue_size > images and not self.faithful:

@@ -34,8 +34,8 @@ class Config(MethodConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     projector: ProjectorConfig = ProjectorConfig()
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves Probabilistic SimCLR without negatives; at least 2")
 

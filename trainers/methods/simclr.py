@@ -25,8 +25,8 @@ class Config(MethodConfig):
     similarity: Literal["cosine", "gaussian", "sne", "student_t", "student_t_l1"] = "cosine"
     projector: ProjectorConfig = ProjectorConfig()
 
-    def check(self, *, images: int, batch_size: int) -> None:
-        super().check(images=images, batch_size=batch_size)
+    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
+        super().check(images=images, batch_size=batch_size, image_size=image_size)
         if batch_size < 2:
             raise ValueError(f"batch_size={batch_size} leaves SimCLR without negatives; at least 2")
 

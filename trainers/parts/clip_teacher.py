@@ -56,7 +56,8 @@ class ClipTeacher:
         self._images = torch.tensor([settings["mean"], settings["std"]]).view(2, 3, 1, 1)
         self._interpolation, self._own_statistics = interpolation, own_statistics
         self._place: tuple[torch.device, torch.dtype] | None = None
-        self.width = self.embed(torch.zeros(1, 3, *self.size)).shape[1]
+        with torch.no_grad():
+            self.width = _rows_of(self._tower(torch.zeros(1, 3, *self.size))).shape[1]
 
     @torch.no_grad()
     def embed(self, views: Tensor) -> Tensor:
@@ -73,8 +74,7 @@ class ClipTeacher:
         for part in views.split(_ROWS):
             images = self.prepare(F.pad(part, (0, 0, 0, 0, 0, 0, 0, _ROWS - len(part))))
             with torch.autocast(views.device.type, torch.float16, enabled=views.device.type == "cuda"):
-                found = self._tower(images)
-            found = found[0] if isinstance(found, tuple) else found  # CoCa's come with their tokens
+                found = _rows_of(self._tower(images))
             rows.append(found[: len(part)].half())
         return torch.cat(rows) if rows else views.new_empty(0, self.width, dtype=torch.float16)
 
@@ -90,6 +90,12 @@ class ClipTeacher:
         if tuple(images.shape[2:]) == self.size:
             return images
         return F.interpolate(images, self.size, mode=self._interpolation, antialias=True, align_corners=False)
+
+
+def _rows_of(output: Any) -> Tensor:
+    """CoCa's come with their tokens."""
+    rows: Tensor = output[0] if isinstance(output, tuple) else output
+    return rows
 
 
 def _load(name: str, pretrained: str | None) -> Any:

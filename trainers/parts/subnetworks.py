@@ -21,7 +21,7 @@ _CPU_TILE = 1 << 20
 class SubnetworksConfig(Section):
     count: int = Field(100, ge=2)  # K
     widths: tuple[int, ...] = (512, 1)  # outputs of each layer; the last is the score
-    dropout: float = Field(0.2, ge=0, lt=1)  # of hidden activations, in training
+    dropout: float = Field(0.2, ge=0, le=0.99)  # of hidden activations, in training
     normalise: bool = True  # projections to length 1 before they are scored; the seed's ImageNet model does not
 
     @field_validator("widths")

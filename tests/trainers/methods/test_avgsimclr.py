@@ -118,4 +118,4 @@ def test_odd_numbers_of_views_are_refused() -> None:
     with pytest.raises(ValueError, match=r"3 views .* set views\.repeat=2"):
         Config().check_views((View(),) * 3)
     with pytest.raises(ValueError, match="without negatives"):
-        Config().check(images=10, batch_size=1)
+        Config().check(images=10, batch_size=1, image_size=32)

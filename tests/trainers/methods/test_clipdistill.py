@@ -267,7 +267,7 @@ def test_views_and_data_that_do_not_fit(teacher: dict[str, Any], tmp_path: Path)
     with pytest.raises(ValueError, match="mode=supervised takes 1, or 2"):
         Config(mode="supervised").check_views((View(),) * 3)
     with pytest.raises(ValueError, match="batch_size=3 is too few"):
-        Config().check(images=10, batch_size=3)
+        Config().check(images=10, batch_size=3, image_size=32)
     supervised = Config.model_validate({"mode": "supervised", **teacher})
     with pytest.raises(DataError, match="needs labels, and the data has none"):
         build_method(supervised, SmallEncoder(), facts(classes=0))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from configs.recipe import RecipeError, load_recipe
 from pipelines.batch import ViewBatch
 from pipelines.views import PLANS
-from tests.trainers.small_runs import SmallEncoder, check_ranks_and_micro_batches, check_resumes, facts, make_method
+from tests.trainers.small_runs import check_ranks_and_micro_batches, check_resumes, make_method
 from trainers.heads import build_projector
-from trainers.methods import BaseMethod, build_method
+from trainers.methods import BaseMethod
 from trainers.methods.mvmr import Config
 from trainers.parts.representations import NAMES
 
@@ -207,6 +207,8 @@ def test_the_projector_is_the_papers():
             + [f"method.representations.{name}=0" for name in SOME],
             ["no term"],
         ),
+        (["method.representations.patch_scattering=1"], ["patch_scattering needs images of 16 pixels", "8"]),
+        (["method.augmentation.blur_kernel=99"], ["method.augmentation.blur_kernel=99", "8 pixels", "at most 15"]),
     ],
 )
 def test_refusals(tmp_path, overrides, expected):
@@ -219,12 +221,6 @@ def test_refusals(tmp_path, overrides, expected):
         load_recipe(path, overrides)
     for part in expected:
         assert part in str(caught.value), str(caught.value)
-
-
-def test_images_too_small_for_a_representation_are_refused():
-    config = Config.model_validate(HEADS | {"representations": {"patch_scattering": 1}})
-    with pytest.raises(ValueError, match=r"method\.representations\.patch_scattering needs images of 16 pixels"):
-        build_method(config, SmallEncoder(), facts())
 
 
 def test_ranks_and_micro_batches_change_nothing():

@@ -150,13 +150,13 @@ def test_classes_are_not_guessed() -> None:
 
 
 def test_what_cannot_work_is_refused() -> None:
-    Config(queue_size=1000).check(images=1000, batch_size=2)
-    Config(queue_size=2000, faithful=True).check(images=1000, batch_size=2)
+    Config(queue_size=1000).check(images=1000, batch_size=2, image_size=32)
+    Config(queue_size=2000, faithful=True).check(images=1000, batch_size=2, image_size=32)
     with pytest.raises(ValueError, match=r"method\.queue_size=1001 is larger than the 1000 training images: neighbours "
                        "would be older embeddings of the same image; at most 1000"):  # fmt: skip
-        Config(queue_size=1001).check(images=1000, batch_size=2)
+        Config(queue_size=1001).check(images=1000, batch_size=2, image_size=32)
     with pytest.raises(ValueError, match="batch_size=1 leaves NNCLR without negatives; at least 2"):
-        Config(queue_size=10).check(images=1000, batch_size=1)
+        Config(queue_size=10).check(images=1000, batch_size=1, image_size=32)
     with pytest.raises(ValueError, match="takes 2"):
         Config().check_views(())
 

@@ -20,3 +20,7 @@ class RepresentationWeights(Section):
     augmented_scattering: float = Field(0.0, ge=0)
     augmented_hog: float = Field(0.0, ge=0)
     augmented_local_std: float = Field(0.0, ge=0)
+
+    def wanted(self) -> dict[str, float]:
+        """name -> weight of those that are computed."""
+        return {name: weight for name, weight in self.model_dump().items() if weight}
