@@ -5,7 +5,7 @@
 
 Trains configs/compare/SET/METHOD.yaml with `train.py`, scores it with `evaluate.py`, and prints a table against the
 untrained encoder. Digits: three seeds. CIFAR-10: one, 5,000 images, 6 epochs, about ten minutes a method and core.
-Runs are kept in --runs; what is there already is not trained again. `--data`: a copy of CIFAR-10 stored as image files;
+Runs and scores are kept in --runs; what is there already is neither trained nor scored again. `--data`: a copy of CIFAR-10 stored as image files;
 without it the original is taken from $TWINSTREAM_DATA or ./data.
 """
 
@@ -45,8 +45,12 @@ class Job:
         return self.runs / f"{self.data}-{self.method}-seed{self.seed}".replace(" ", "-")
 
     def run(self) -> dict[str, Any]:
-        """Train, unless that is done, and score."""
+        """Train and score, each unless that is done."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
+        kept = self.folder.with_suffix(".json")
+        if kept.exists():
+            row: dict[str, Any] = json.loads(kept.read_text())
+            return row
         if self.method == RANDOM:
             base = ["--data", str(recipe(self.data, "simclr")), *self.overrides, f"seed={self.seed}"]
             target, speed = ["--baseline", "random", *base], None
@@ -58,7 +62,9 @@ class Job:
         scores = {"kNN": self.score("knn", *target)}
         if self.data == "digits":
             scores["linear, 10 per class"] = self.score("linear", *target, "labels=10-per-class")
-        return {"data": self.data, "method": self.method, "seed": self.seed, "images_per_second": speed, **scores}
+        row = {"data": self.data, "method": self.method, "seed": self.seed, "images_per_second": speed, **scores}
+        kept.write_text(json.dumps(row))
+        return row
 
     def score(self, protocol: str, *arguments: str) -> float:
         result = json.loads(self.python("evaluate.py", protocol, *arguments).splitlines()[-1])
