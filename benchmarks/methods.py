@@ -5,8 +5,9 @@
 
 Trains configs/compare/SET/METHOD.yaml with `train.py`, scores it with `evaluate.py`, and prints a table against the
 untrained encoder. Digits: three seeds. CIFAR-10: one, 5,000 images, 6 epochs, about ten minutes a method and core.
-Runs and scores are kept in --runs; what is there already is neither trained nor scored again. `--data`: a copy of CIFAR-10 stored as image files;
-without it the original is taken from $TWINSTREAM_DATA or ./data.
+Runs and scores are kept in --runs; what is there already is neither trained nor scored again. `--data`: a copy of
+CIFAR-10 stored as image files; without it the original is taken from $TWINSTREAM_DATA or ./data. What a method costs:
+benchmarks/method_costs.py.
 """
 
 from __future__ import annotations
@@ -53,16 +54,16 @@ class Job:
             return row
         if self.method == RANDOM:
             base = ["--data", str(recipe(self.data, "simclr")), *self.overrides, f"seed={self.seed}"]
-            target, speed = ["--baseline", "random", *base], None
+            target = ["--baseline", "random", *base]
         else:
             settings = [f"run.dir={self.folder}", f"seed={self.seed}", *self.overrides]
             if not (self.folder / "encoder.safetensors").exists():
                 self.python("train.py", str(recipe(self.data, self.method)), *settings)
-            target, speed = [str(self.folder)], images_per_second(self.folder)
+            target = [str(self.folder)]
         scores = {"kNN": self.score("knn", *target)}
         if self.data == "digits":
             scores["linear, 10 per class"] = self.score("linear", *target, "labels=10-per-class")
-        row = {"data": self.data, "method": self.method, "seed": self.seed, "images_per_second": speed, **scores}
+        row = {"data": self.data, "method": self.method, "seed": self.seed, **scores}
         kept.write_text(json.dumps(row))
         return row
 
@@ -113,9 +114,9 @@ def main() -> None:
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """Means over seeds, with the standard error where there are several, and the gain over the random encoder."""
-    scores = [key for key in rows[0] if key not in ("data", "method", "seed", "images_per_second")]
+    scores = [key for key in rows[0] if key not in ("data", "method", "seed")]
     table = Table(title=f"test top-1 (%) on {rows[0]['data']}, kNN and linear as evaluate.py has them")
-    for column in ("method", *scores, "kNN over random", "images/s"):
+    for column in ("method", *scores, "kNN over random"):
         table.add_column(column)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -123,8 +124,7 @@ def summary(rows: list[dict[str, Any]]) -> Table:
     random = statistics.mean(row["kNN"] for row in groups[RANDOM])
     for method, group in groups.items():
         gain = f"{statistics.mean(row['kNN'] for row in group) - random:+.1f}" if method != RANDOM else ""
-        speed = f"{statistics.median(row['images_per_second'] for row in group):.0f}" if method != RANDOM else ""
-        table.add_row(method, *(spread([row[score] for row in group]) for score in scores), gain, speed)
+        table.add_row(method, *(spread([row[score] for row in group]) for score in scores), gain)
     return table
 
 
@@ -136,12 +136,6 @@ def spread(values: list[float]) -> str:
 
 def recipe(data: str, method: str) -> Path:
     return ROOT / "configs" / "compare" / data / f"{method}.yaml"
-
-
-def images_per_second(folder: Path) -> float:
-    """The median over the rows of a run; what else the machine did is in it."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(row["time/images_per_second"] for row in rows if "time/images_per_second" in row)
 
 
 if __name__ == "__main__":
