@@ -55,6 +55,8 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         std=source.std,
         images=len(source),
         classes=source.num_classes,
+        multi_label=source.multi_label,
+        seed=recipe.seed,
         batch_size=recipe.batch_size,
         steps_per_epoch=loader.steps_per_epoch,
         total_steps=total_steps,

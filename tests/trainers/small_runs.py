@@ -45,6 +45,8 @@ def facts(views: int = 2, **changes: Any) -> Facts:
         "std": (0.5, 0.5, 0.5),
         "images": BATCH * STEPS,
         "classes": 3,
+        "multi_label": False,
+        "seed": 0,
         "batch_size": BATCH,
         "steps_per_epoch": STEPS,
         "total_steps": STEPS,

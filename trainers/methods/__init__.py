@@ -42,6 +42,8 @@ class Facts:
     std: tuple[float, float, float]
     images: int  # trained on
     classes: int  # 0: none are known
+    multi_label: bool  # whether an image may have several
+    seed: int  # of the run, for draws of a method's own
     batch_size: int  # images a step, of all ranks and micro-batches
     steps_per_epoch: int
     total_steps: int

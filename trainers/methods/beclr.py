@@ -75,7 +75,7 @@ class Method(BaseMethod):
         self.encoder = encoder
         self.projector = build_projector(config.projector, feature_width(encoder))
         self.subnetworks = Subnetworks(config.projector.output, config.subnetworks)
-        self.batch_size = facts.batch_size
+        self.batch_size, self.seed = facts.batch_size, facts.seed
         self.soft_steps = round(self.config.soft_share * facts.total_steps)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self._steps = 0  # the same on the host, so that no step has to ask the device
@@ -134,7 +134,9 @@ class Method(BaseMethod):
                 weights=weights,
                 group=group,
             )
-        loss = margin_loss(scores1, scores2, self._steps, margin=config.margin, weights=weights, group=group)
+        loss = margin_loss(
+            scores1, scores2, self._steps, seed=self.seed, margin=config.margin, weights=weights, group=group
+        )
         return loss * self.batch_size if config.faithful else loss
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -112,8 +112,9 @@ class Method(BaseMethod):
         """Loads the teacher; raises DataError if it is not at hand, or if labels are needed and there are none."""
         super().__init__()
         self.config, self.supervised = config, config.mode == "supervised"
-        if self.supervised and facts.classes == 0:
-            raise DataError("method.mode=supervised needs labels, and the data has none; choose method.mode=self")
+        if self.supervised and (facts.classes == 0 or facts.multi_label):
+            has = "several" if facts.multi_label else "no labels"
+            raise DataError(f"method.mode=supervised takes one class an image, the data has {has}; choose mode=self")
         self.teacher = ClipTeacher(
             config.teacher,
             config.pretrained,
@@ -182,10 +183,6 @@ class Method(BaseMethod):
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
         labels, own = batch.labels, self.config.supervised
-        if labels.dim() != 1:
-            raise DataError(
-                "method.mode=supervised takes one class an image, and the data has several; choose mode=self"
-            )
         features, logits = (_exact(embeddings[name].squeeze(0)) for name in ("features", "logits"))
         teacher = embeddings["teacher"].squeeze(0).to(features.dtype)
         taught = self.head(teacher).detach()

@@ -123,6 +123,7 @@ class Method(BaseMethod):
                 self.config.augmentation,
                 mean=facts.mean,
                 std=facts.std,
+                seed=facts.seed,
                 step=self._step,
                 indices=batch.indices,
             )

@@ -40,6 +40,7 @@ def margin_loss(
     scores2: Tensor,
     step: int,
     *,
+    seed: int = 0,
     margin: float = 1.0,
     weights: tuple[Tensor, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -48,7 +49,8 @@ def margin_loss(
 
     Args:
         scores1: [N, K] of the first view; row i of ``scores2`` [N, K] is its positive.
-        step: of training, from 0; the negatives follow from it and the anchors' places in the whole batch alone.
+        step: of training, from 0; the negatives follow from it, the run's ``seed`` and the anchors' places in the
+            whole batch alone.
         weights: soft winners [N, K] of both views, rows that sum to 1; None: hard ones.
         group: as in ``kernels``: the mean is over all ranks, the gradient multiplied by their number.
     """
@@ -68,16 +70,17 @@ def margin_loss(
         everyone = everyone.flatten(0, 2)
     images = torch.arange(rank * pairs, (rank + 1) * pairs, device=scores.device)
     anchors = torch.cat([images, images + ranks * pairs])
-    negative = (everyone[draw_negatives(step, anchors, ranks * pairs)] * regrets).sum(1)
+    negative = (everyone[draw_negatives(step, anchors, ranks * pairs, seed)] * regrets).sum(1)
     return mean_over_ranks((positive + (margin - negative).clamp_min(0).square()).mean(), group)
 
 
-def draw_negatives(step: int, anchors: Tensor, pairs: int) -> Tensor:
+def draw_negatives(step: int, anchors: Tensor, pairs: int, seed: int = 0) -> Tensor:
     """One of the 2N - 2 other rows that are not an anchor's positive, for each of the anchors [n] int64.
 
-    Row i and row i + N of the whole batch of N ``pairs`` are each other's positives. A pure function of step and row.
+    Row i and row i + N of the whole batch of N ``pairs`` are each other's positives. A pure function of seed, step
+    and row.
     """
-    draws = uniforms(0, step, anchors, 0, 1)[:, 0]
+    draws = uniforms(seed, step, anchors, 0, 1)[:, 0]
     distance = 1 + (draws * (2 * pairs - 2)).floor().to(torch.int64)
     distance += distance >= pairs  # the positive is `pairs` rows away, the anchor itself 0
     return (anchors + distance) % (2 * pairs)

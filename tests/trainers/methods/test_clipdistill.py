@@ -269,11 +269,10 @@ def test_views_and_data_that_do_not_fit(teacher: dict[str, Any], tmp_path: Path)
     with pytest.raises(ValueError, match="batch_size=3 is too few"):
         Config().check(images=10, batch_size=3, image_size=32)
     supervised = Config.model_validate({"mode": "supervised", **teacher})
-    with pytest.raises(DataError, match="needs labels, and the data has none"):
+    with pytest.raises(DataError, match="takes one class an image, the data has no labels"):
         build_method(supervised, SmallEncoder(), facts(classes=0))
-    several = ViewBatch(torch.empty(2, 0), torch.zeros(N, 3), torch.arange(N))
-    with pytest.raises(DataError, match="takes one class an image"):
-        plain_method(settings(teacher, mode="supervised")).loss(given(True), several, None)
+    with pytest.raises(DataError, match="takes one class an image, the data has several"):
+        build_method(supervised, SmallEncoder(), facts(multi_label=True))
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("epochs: 20\nbatch_size: 64\nviews: {plan: mvmr}\nmethod: {name: clipdistill}\n")
     assert load_recipe(recipe).method.pretrained == "laion400m_e32", "a recipe is read without weights at hand"

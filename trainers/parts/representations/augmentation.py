@@ -12,7 +12,7 @@ from kernels import crop_resize, photometric
 from pipelines.policies import apply_policies
 from pipelines.views import View, draw_boxes, draw_photometric
 
-_SEED = 0x2303_12130  # of these draws alone: they share none with the views
+_SALT = 0x2303_12130  # added to the run's seed: these draws share none with the views
 
 
 class Augmentation(View):
@@ -30,7 +30,7 @@ class Augmentation(View):
 
 
 def augment_again(
-    images: Tensor, view: View, *, mean: Sequence[float], std: Sequence[float], step: int, indices: Tensor
+    images: Tensor, view: View, *, mean: Sequence[float], std: Sequence[float], seed: int, step: int, indices: Tensor
 ) -> Tensor:
     """Crop, flip, colour and blur (as `view` says) a batch of square views that were not augmented yet.
 
@@ -40,6 +40,7 @@ def augment_again(
     Args:
         images: [N, 3, H, H] normalised.
         view: what to do.
+        seed: of the run.
         step: from 0. With it and `indices`, [N] int64 positions in the source, draws are the same on any number of
             ranks and after a resume.
 
@@ -49,10 +50,11 @@ def augment_again(
     size = images.shape[-1]
     scale, shift = (torch.tensor(values, device=images.device).mul_(255).view(3, 1, 1) for values in (std, mean))
     pixels = (images.float() * scale + shift).round_().clamp_(0, 255).to(torch.uint8)
-    draw: dict[str, Any] = {"seed": _SEED, "epoch": step, "indices": indices}
+    indices = indices.cpu()  # where parameters are drawn
+    draw: dict[str, Any] = {"seed": (seed + _SALT) % 2**62, "epoch": step, "indices": indices}
     extents = torch.full_like(indices, size)
     boxes = draw_boxes(view, **draw, view_index=0, heights=extents, widths=extents, size=size)
     crops = crop_resize(pixels.permute(0, 2, 3, 1), boxes, size)
     if view.policy != "none":
-        crops = apply_policies((view,), crops[None], **draw | {"indices": indices.cpu()})[0]
+        crops = apply_policies((view,), crops[None], **draw)[0]
     return photometric(crops, draw_photometric(view, **draw, view_index=0, size=size), mean=mean, std=std)
