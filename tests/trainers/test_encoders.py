@@ -60,7 +60,12 @@ def test_projector_layers() -> None:
         "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d",
     ]  # fmt: skip
     assert all(m.bias is None for m in projector if isinstance(m, torch.nn.Linear))
-    plain = build_projector(ProjectorConfig(layers=1, output=8, batchnorm=False), 16)
+    plain = build_projector(ProjectorConfig(layers=1, output=8, batchnorm="none"), 16)
     assert [type(m).__name__ for m in plain] == ["Linear"]
     assert plain[0].bias is not None
+    hidden = build_projector(ProjectorConfig(layers=2, output=8, batchnorm="hidden"), 16)
+    assert [type(m).__name__ for m in hidden] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert [m.bias is None for m in hidden if isinstance(m, torch.nn.Linear)] == [True, False]
+    bare = build_projector(ProjectorConfig(layers=2, output=8, batchnorm="none", bias=False), 16)
+    assert all(m.bias is None for m in bare if isinstance(m, torch.nn.Linear))
     assert projector(torch.randn(4, 16)).shape == plain(torch.randn(4, 16)).shape == (4, 8)
