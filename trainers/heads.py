@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Literal
 
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.config import Section
 
@@ -47,3 +47,10 @@ def build_projector(config: ProjectorConfig, features: int) -> nn.Sequential:
 def build_predictor(config: PredictorConfig, width: int) -> nn.Sequential:
     """The predictor q: [N, width] -> [N, width]."""
     return build_projector(ProjectorConfig(hidden=config.hidden, output=width, batchnorm="hidden"), width)
+
+
+def embed_views(encoder: nn.Module, projector: nn.Module, views: Tensor) -> dict[str, Tensor]:
+    """views [V, N, 3, H, W] -> features [V, N, d], z [V, N, D]; one forward, so BatchNorm sees all views together."""
+    features = encoder(views.flatten(0, 1))
+    rows = {"features": features, "z": projector(features)}
+    return {name: value.unflatten(0, views.shape[:2]) for name, value in rows.items()}

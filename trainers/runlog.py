@@ -44,7 +44,7 @@ class RunLog:
         self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
         self.active = ranks.is_main
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # of the steps in each sum: some scalars come only now and then
+        self._counts: dict[str, Tensor] = {}  # of the steps in each sum: some scalars are not known in all
         self._interval_start = time.perf_counter()
         self._waited = 0.0
         self._interval_steps = 0
@@ -92,11 +92,16 @@ class RunLog:
         self._interval_start, self._waited, self._interval_steps = time.perf_counter(), 0.0, 0
 
     def add(self, scalars: dict[str, Tensor], waited: float) -> None:
-        """Take in one step's scalars (device tensors, not read here) and the seconds spent waiting for its data."""
+        """Take in one step's scalars (device tensors, not read here) and the seconds spent waiting for its data.
+
+        NaN means that a scalar is not known in this step, and counts for nothing; but not if it is the loss.
+        """
         for name, value in scalars.items():
             value = value.detach().double()
+            known = ~value.isnan() if name != "loss" else torch.ones_like(value, dtype=torch.bool)
+            value = torch.where(known, value, 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts[name] + known if name in self._counts else known.long()
         self._interval_steps += 1
         self._waited += waited
         if self._progress is not None:
@@ -104,7 +109,8 @@ class RunLog:
 
     def write_step(self, step: int, epoch: float, lr: float) -> dict[str, float]:
         """The mean of all scalars since the last call, as one row and one line; returns it on every rank."""
-        row = {f"train/{name}": float(total) / self._counts[name] for name, total in self._sums.items()}
+        counts = {name: int(count) for name, count in self._counts.items()}
+        row = {f"train/{name}": float(self._sums[name]) / count for name, count in counts.items() if count}
         row["train/lr"] = lr
         seconds = time.perf_counter() - self._interval_start
         if self._interval_steps:
@@ -146,11 +152,11 @@ class RunLog:
 
     def state(self) -> dict[str, Tensor]:
         """Sums that a checkpoint between two rows would otherwise lose."""
-        return self._sums | {f"{name}::steps": torch.tensor(count) for name, count in self._counts.items()}
+        return self._sums | {f"{name}::steps": count for name, count in self._counts.items()}
 
     def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
         self._sums = {name: value.to(device) for name, value in tensors.items() if not name.endswith("::steps")}
-        self._counts = {name: int(tensors[f"{name}::steps"]) for name in self._sums}
+        self._counts = {name: tensors[f"{name}::steps"].to(device) for name in self._sums}
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False)

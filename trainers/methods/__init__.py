@@ -24,6 +24,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from types import ModuleType
+from typing import ClassVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ class Facts:
 
 class MethodConfig(Section):
     name: str
+    least_batch: ClassVar[int] = 2  # images: the loss tells each from the others
 
     @property
     def embeds_pairs(self) -> bool:
@@ -67,6 +69,11 @@ class MethodConfig(Section):
     def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         """Refuse settings that cannot work with so many training images, and views of ``image_size`` pixels; raise
         ValueError naming the key."""
+        if batch_size < self.least_batch:
+            raise ValueError(
+                f"batch_size={batch_size} is too small for method.name={self.name}, whose loss compares the images of a"
+                f" batch with each other; at least {self.least_batch}"
+            )
 
 
 class BaseMethod(nn.Module, ABC):

@@ -19,7 +19,7 @@ from kernels.ranks import check_same_on_ranks, gather_rows_with_gradient, group_
 from pipelines.batch import ViewBatch
 from pipelines.views import View
 from trainers.encoders import feature_width
-from trainers.heads import ProjectorConfig, build_projector
+from trainers.heads import ProjectorConfig, build_projector, embed_views
 from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.similarity import view_similarities
 
@@ -40,10 +40,6 @@ class Config(MethodConfig):
                 " set views.repeat=2 or more with a plan of two"
             )
 
-    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves AVGSimCLR without negatives; at least 2")
-
 
 class Method(BaseMethod):
     """The encoder sees one pair of views at a time, so memory, and what BatchNorm sees, are those of SimCLR."""
@@ -58,9 +54,7 @@ class Method(BaseMethod):
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:
         """views [2, N, 3, H, W] -> features [2, N, d], z [2, N, D]."""
-        features = self.encoder(views.flatten(0, 1))
-        z = self.projector(features)
-        return {"features": features.unflatten(0, views.shape[:2]), "z": z.unflatten(0, views.shape[:2])}
+        return embed_views(self.encoder, self.projector, views)
 
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None

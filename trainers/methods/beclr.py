@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import bregman_loss, ntxent
+from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
 from trainers.heads import ProjectorConfig, build_projector
@@ -50,8 +51,6 @@ class Config(MethodConfig):
 
     def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves BeCLR without negatives; at least 2")
         first, last = self.soft_temperatures
         if not first >= last > 0:
             raise ValueError(
@@ -103,7 +102,10 @@ class Method(BaseMethod):
         if config.ntxent_weight:
             contrast, hits = ntxent(z1, z2, temperature=config.temperature, group=group, return_hits=True)
             loss = loss + config.ntxent_weight * contrast
-            scalars |= {"ntxent_loss": contrast.detach(), "contrastive_accuracy": hits.float().mean()}
+            scalars |= {
+                "ntxent_loss": contrast.detach(),
+                "contrastive_accuracy": mean_over_ranks(hits.float().mean(), group),
+            }
         with torch.no_grad():
             positive, negative = view_similarities(z1, z2, group)
         similarities = {"positive_similarity": positive, "negative_similarity": negative}

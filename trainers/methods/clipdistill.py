@@ -3,16 +3,12 @@ on what a frozen CLIP model makes of the image; their widths need not agree. Wit
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels import distance_correlation
-from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
 from pipelines.config import Section
 from pipelines.sources import DataError
@@ -23,16 +19,12 @@ from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.methods.mvmr import Projector
 from trainers.parts.classification import divergence, labelled_accuracy, labelled_cross_entropy
 from trainers.parts.clip_teacher import ClipTeacher
-from trainers.parts.deviations import batch_deviations
-from trainers.parts.floored_correlation import floored_distance_correlation
 from trainers.parts.remembered import RememberedRows
 from trainers.parts.teacher_head import TeacherHead
+from trainers.parts.view_terms import Estimator, ViewWeights, as_computed, dependence, view_terms
 
 
-class Weights(Section):
-    mse: float = Field(1.0, ge=0)
-    std: float = Field(1.0, ge=0)
-    views: float = Field(1.0, ge=0)
+class Weights(ViewWeights):
     teacher: float = Field(1.0, ge=0)
 
 
@@ -49,6 +41,7 @@ class Supervised(Section):
 
 class Config(MethodConfig):
     name: Literal["clipdistill"] = "clipdistill"
+    least_batch: ClassVar[int] = 4  # for an unbiased distance correlation
     # self: no labels, the terms of MV-MR between two views. supervised: a classifier on the encoder, by the labels.
     mode: Literal["self", "supervised"] = "self"
     teacher: str = "ViT-B-16"  # of open_clip; or local-dir:FOLDER, hf-hub:OWNER/NAME, which bring their weights
@@ -101,17 +94,13 @@ class Config(MethodConfig):
                 " the teacher sees the first"
             )
 
-    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
-        super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 4:
-            raise ValueError(f"batch_size={batch_size} is too few images for a distance correlation; at least 4")
-
 
 class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
         """Loads the teacher; raises DataError if it is not at hand, or if labels are needed and there are none."""
         super().__init__()
         self.config, self.supervised = config, config.mode == "supervised"
+        self.estimator: Estimator = "floored" if config.faithful else config.estimator or "unbiased"
         if self.supervised and (facts.classes == 0 or facts.multi_label):
             has = "several" if facts.multi_label else "no labels"
             raise DataError(f"method.mode=supervised takes one class an image, the data has {has}; choose mode=self")
@@ -159,36 +148,24 @@ class Method(BaseMethod):
             self.head.fit(rows, batch.labels, group)
 
     def _of_views(self, embeddings: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-        z = _exact(embeddings["z"])
-        plain, augmented = z.unbind(0)
-        weights = self.config.weights
-        deviations = batch_deviations(z, group)
-        mse = mean_over_ranks(F.mse_loss(plain, augmented), group)
-        hinge = F.relu(self.config.std_margin - deviations).mean(1).sum()
-        of_views = self._dependence(plain, augmented, group)
-        of_teacher = self._dependence(embeddings["teacher"].squeeze(0).to(z.dtype), augmented, group)
-        loss = weights.mse * mse + weights.std * hinge
-        loss = loss + weights.views * (1 - of_views) + weights.teacher * (1 - of_teacher)
-        scalars = {
-            "loss": loss,
-            "mse": mse,
-            "std_hinge": hinge,
-            "embedding_std": deviations.mean(),
-            "dependence_views": of_views,
-            "dependence_teacher": of_teacher,
-        }
-        return {name: value if name == "loss" else value.detach() for name, value in scalars.items()}
+        config, z = self.config, as_computed(embeddings["z"])
+        loss, scalars = view_terms(
+            z, config.weights, std_margin=config.std_margin, estimator=self.estimator, group=group
+        )
+        of_teacher = dependence(embeddings["teacher"].squeeze(0).to(z.dtype), z[1], self.estimator, group)
+        loss = loss + config.weights.teacher * (1 - of_teacher)
+        return {"loss": loss, **scalars, "dependence_teacher": of_teacher.detach()}
 
     def _supervised(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
         labels, own = batch.labels, self.config.supervised
-        features, logits = (_exact(embeddings[name].squeeze(0)) for name in ("features", "logits"))
+        features, logits = (as_computed(embeddings[name].squeeze(0)) for name in ("features", "logits"))
         teacher = embeddings["teacher"].squeeze(0).to(features.dtype)
         taught = self.head(teacher).detach()
         of_labels = labelled_cross_entropy(logits, labels, group)
         of_head = divergence(logits, taught, own.temperature, group)
-        of_teacher = self._dependence(teacher, features, group, scale_x=False)
+        of_teacher = dependence(teacher, features, self.estimator, group, scaled=False)
         loss = own.labels * of_labels + own.divergence * of_head + own.teacher * (1 - of_teacher)
         scalars = {"label_loss": of_labels, "divergence": of_head, "dependence_teacher": of_teacher}
         scalars |= {
@@ -196,13 +173,3 @@ class Method(BaseMethod):
             "teacher_accuracy": labelled_accuracy(taught, labels),
         }
         return {"loss": loss, **{name: value.detach() for name, value in scalars.items()}}
-
-    def _dependence(self, x: Tensor, y: Tensor, group: dist.ProcessGroup | None, scale_x: bool = True) -> Tensor:
-        """Of embeddings y [N, D] on x [N, p]; over all ranks."""
-        if self.config.faithful:
-            return floored_distance_correlation(x, y, group, scale_x=scale_x)
-        return distance_correlation(x, y, unbiased=self.config.estimator != "biased", group=group)
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()

@@ -40,8 +40,6 @@ class Config(MethodConfig):
 
     def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves KMCLR without negatives; at least 2")
         if self.centres > images:
             raise ValueError(
                 f"method.centres={self.centres} is larger than the {images} training images: some would be older"

@@ -3,33 +3,24 @@ distance correlation, on what is known to matter in images. No negatives, no sto
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kernels import distance_correlation
-from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
-from pipelines.config import Section
 from pipelines.views import View
 from trainers.encoders import feature_width
-from trainers.heads import ProjectorConfig, build_projector
+from trainers.heads import ProjectorConfig, build_projector, embed_views
 from trainers.methods import BaseMethod, Facts, MethodConfig
-from trainers.parts.deviations import batch_deviations
-from trainers.parts.floored_correlation import floored_distance_correlation
 from trainers.parts.representations import least_size, represent
 from trainers.parts.representations.augmentation import Augmentation, augment_again
 from trainers.parts.representations.weights import RepresentationWeights
+from trainers.parts.view_terms import Estimator, ViewWeights, as_computed, dependence, view_terms
 
-_SEED_SCALES = {
-    "pixels",
-    "scattering",
-    "augmented_pixels",
-}  # what the published code divides by 32, as it does embeddings
+_SEED_SCALES = ("pixels", "scattering", "augmented_pixels")  # what the published code divides by 32, as embeddings
 
 
 class Projector(ProjectorConfig):
@@ -40,19 +31,14 @@ class Projector(ProjectorConfig):
     bias: bool = False
 
 
-class Weights(Section):
-    mse: float = Field(1.0, ge=0)
-    std: float = Field(1.0, ge=0)
-    views: float = Field(1.0, ge=0)
-
-
 class Config(MethodConfig):
     name: Literal["mvmr"] = "mvmr"
+    least_batch: ClassVar[int] = 4  # for an unbiased distance correlation
     std_margin: float = Field(1.0, gt=0)  # below which the standard deviation of an embedding's dimension costs
     # Of the dependence; None: unbiased. unbiased: R*², about 0 for what is independent. biased: R, nearly 1 for
     # whatever has many dimensions.
     estimator: Literal["unbiased", "biased"] | None = None
-    weights: Weights = Weights()
+    weights: ViewWeights = ViewWeights()
     representations: RepresentationWeights = RepresentationWeights()
     augmentation: Augmentation = Augmentation()
     projector: Projector = Projector()
@@ -78,8 +64,6 @@ class Config(MethodConfig):
 
     def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 4:
-            raise ValueError(f"batch_size={batch_size} is too few images for a distance correlation; at least 4")
         for name in self.representations.wanted():
             if image_size < least_size(name):
                 raise ValueError(
@@ -101,6 +85,7 @@ class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
         super().__init__()
         self.config, self.facts = config, facts
+        self.estimator: Estimator = "floored" if config.faithful else config.estimator or "unbiased"
         self.representations = config.representations.wanted()
         self.encoder = encoder
         self.projector = build_projector(config.projector, feature_width(encoder))
@@ -109,9 +94,7 @@ class Method(BaseMethod):
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:
         """views [2, N, 3, H, W] -> features [2, N, d], z [2, N, D]; one forward, so BatchNorm sees both views."""
-        features = self.encoder(views.flatten(0, 1))
-        z = self.projector(features)
-        return {"features": features.unflatten(0, views.shape[:2]), "z": z.unflatten(0, views.shape[:2])}
+        return embed_views(self.encoder, self.projector, views)
 
     def targets(self, batch: ViewBatch) -> dict[str, Tensor]:
         """[1, N, p] of each representation of the image without augmentation."""
@@ -134,31 +117,20 @@ class Method(BaseMethod):
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
     ) -> dict[str, Tensor]:
-        z = embeddings["z"]
-        z = z if z.dtype == torch.float64 else z.float()
-        plain, augmented = z.unbind(0)
-        config, weights = self.config, self.config.weights
-        deviations = batch_deviations(z, group)
-        mse = mean_over_ranks(F.mse_loss(plain, augmented), group)
-        hinge = F.relu(config.std_margin - deviations).mean(1).sum()
-        of_views = self._dependence(plain, augmented, group)
-        loss = weights.mse * mse + weights.std * hinge + weights.views * (1 - of_views)
-        scalars = {"mse": mse, "std_hinge": hinge, "embedding_std": deviations.mean(), "dependence_views": of_views}
+        config, z = self.config, as_computed(embeddings["z"])
+        loss, scalars = view_terms(
+            z, config.weights, std_margin=config.std_margin, estimator=self.estimator, group=group
+        )
         for name, weight in self.representations.items():
-            dependence = self._dependence(embeddings[name].squeeze(0), augmented, group, scaled=name in _SEED_SCALES)
-            loss = loss + weight * (dependence if config.faithful else 1 - dependence)
-            scalars[f"dependence_{name}"] = dependence
-        return {"loss": loss, **{name: value.detach() for name, value in scalars.items()}}
+            scaled = name in _SEED_SCALES
+            found = dependence(embeddings[name].squeeze(0), z[1], self.estimator, group, scaled=scaled)
+            loss = loss + weight * (found if config.faithful else 1 - found)
+            scalars[f"dependence_{name}"] = found.detach()
+        return {"loss": loss} | scalars
 
     def update(self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None) -> None:
         self.steps.add_(1)
         self._step += 1
-
-    def _dependence(self, x: Tensor, z: Tensor, group: dist.ProcessGroup | None, scaled: bool = True) -> Tensor:
-        """Of embeddings z [N, D] on x [N, p] over all ranks; ``scaled``: whether the published code divides x by 32."""
-        if self.config.faithful:
-            return floored_distance_correlation(x, z, group, scale_x=scaled)
-        return distance_correlation(x, z, unbiased=self.config.estimator != "biased", group=group)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

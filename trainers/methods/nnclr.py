@@ -36,8 +36,6 @@ class Config(MethodConfig):
 
     def check(self, *, images: int, batch_size: int, image_size: int) -> None:
         super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves NNCLR without negatives; at least 2")
         if self.queue_size > images and not self.faithful:
             raise ValueError(
                 f"method.queue_size={self.queue_size} is larger than the {images} training images: neighbours would be"

@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import ntxent, simplex_loss
+from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
 from trainers.dropout import add_dropout
 from trainers.encoders import feature_width
-from trainers.heads import ProjectorConfig, build_projector
+from trainers.heads import ProjectorConfig, build_projector, embed_views
 from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.posterior import BETA, posterior_statistics
 from trainers.similarity import view_similarities
@@ -34,11 +35,6 @@ class Config(MethodConfig):
     dropout: float = Field(0.0, ge=0, lt=1)
     projector: ProjectorConfig = ProjectorConfig()
 
-    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
-        super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves Probabilistic SimCLR without negatives; at least 2")
-
 
 class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
@@ -52,9 +48,7 @@ class Method(BaseMethod):
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:
         """views [V, N, 3, H, W] -> features [V, N, d], z [V, N, C]."""
-        features = self.encoder(views.flatten(0, 1))
-        z = self.projector(features)
-        return {"features": features.unflatten(0, views.shape[:2]), "z": z.unflatten(0, views.shape[:2])}
+        return embed_views(self.encoder, self.projector, views)
 
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
@@ -63,7 +57,7 @@ class Method(BaseMethod):
         z1, z2 = embeddings["z"].unbind(0)
         if config.loss == "ntxent":
             loss, hits = ntxent(z1, z2, temperature=config.temperature, group=group, return_hits=True)
-            scalars = {"contrastive_accuracy": hits.float().mean()}
+            scalars = {"contrastive_accuracy": mean_over_ranks(hits.float().mean(), group)}
         else:
             loss = simplex_loss(z1, z2, temperature=config.temperature, beta=self.beta, floor=config.floor, group=group)
             scalars = posterior_statistics(z1, z2, self.beta, group)

@@ -10,9 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kernels import ntxent
+from kernels.ranks import mean_over_ranks
 from pipelines.batch import ViewBatch
 from trainers.encoders import feature_width
-from trainers.heads import ProjectorConfig, build_projector
+from trainers.heads import ProjectorConfig, build_projector, embed_views
 from trainers.methods import BaseMethod, Facts, MethodConfig
 from trainers.parts.pair_softmax import pair_softmax
 from trainers.similarity import view_similarities
@@ -25,11 +26,6 @@ class Config(MethodConfig):
     similarity: Literal["cosine", "gaussian", "sne", "student_t", "student_t_l1"] = "cosine"
     projector: ProjectorConfig = ProjectorConfig()
 
-    def check(self, *, images: int, batch_size: int, image_size: int) -> None:
-        super().check(images=images, batch_size=batch_size, image_size=image_size)
-        if batch_size < 2:
-            raise ValueError(f"batch_size={batch_size} leaves SimCLR without negatives; at least 2")
-
 
 class Method(BaseMethod):
     def __init__(self, config: Config, encoder: nn.Module, facts: Facts) -> None:
@@ -40,9 +36,7 @@ class Method(BaseMethod):
 
     def embed(self, views: Tensor) -> dict[str, Tensor]:
         """views [2, N, 3, H, W] -> features [2, N, d], z [2, N, D]; one forward, so BatchNorm sees both views."""
-        features = self.encoder(views.flatten(0, 1))
-        z = self.projector(features)
-        return {"features": features.unflatten(0, views.shape[:2]), "z": z.unflatten(0, views.shape[:2])}
+        return embed_views(self.encoder, self.projector, views)
 
     def loss(
         self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None
@@ -56,7 +50,7 @@ class Method(BaseMethod):
             positive, negative = view_similarities(z1, z2, group)
         return {
             "loss": loss,
-            "contrastive_accuracy": hits.float().mean(),  # of this rank's anchors
+            "contrastive_accuracy": mean_over_ranks(hits.float().mean(), group),
             "positive_similarity": positive,
             "negative_similarity": negative,
         }

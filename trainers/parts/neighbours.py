@@ -74,12 +74,12 @@ def neighbour_loss(
 def masked_means(
     values: Mapping[str, tuple[Tensor, Tensor]], group: dist.ProcessGroup | None = None
 ) -> dict[str, Tensor]:
-    """By name, the mean over all ranks of the values [M] whose mask [M] is True (0 if there is none), in float32."""
+    """By name, the mean over all ranks of the values [M] whose mask [M] is True (NaN if there is none), in float32."""
     sums = [torch.stack([torch.where(mask, value.float(), 0).sum(), mask.sum()]) for value, mask in values.values()]
     totals = torch.stack(sums)
     if group is not None:
         dist.all_reduce(totals, group=group)
-    return dict(zip(values, totals[:, 0] / totals[:, 1].clamp_min(1), strict=True))
+    return dict(zip(values, totals[:, 0] / totals[:, 1], strict=True))
 
 
 def class_labels(batch: ViewBatch) -> Tensor:

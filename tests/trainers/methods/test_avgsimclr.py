@@ -117,5 +117,5 @@ def test_odd_numbers_of_views_are_refused() -> None:
     Config().check_views((View(),) * 4)
     with pytest.raises(ValueError, match=r"3 views .* set views\.repeat=2"):
         Config().check_views((View(),) * 3)
-    with pytest.raises(ValueError, match="without negatives"):
+    with pytest.raises(ValueError, match=r"batch_size=1 is too small for method\.name=.*at least 2"):
         Config().check(images=10, batch_size=1, image_size=32)

@@ -138,7 +138,7 @@ def test_the_regulariser_moves_the_weights_out_of_the_dead_state() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=1 leaves BeCLR without negatives"):
+    with pytest.raises(ValueError, match=r"batch_size=1 is too small for method\.name=.*at least 2"):
         Config().check(images=10, batch_size=1, image_size=32)
     for temperatures in ((0.1, 0.2), (0.1, 0.0), (0.1, -1.0)):
         with pytest.raises(ValueError, match=r"method\.soft_temperatures=.*start >= end > 0"):

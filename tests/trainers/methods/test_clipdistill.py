@@ -266,7 +266,7 @@ def test_views_and_data_that_do_not_fit(teacher: dict[str, Any], tmp_path: Path)
         Config().check_views((View(),))
     with pytest.raises(ValueError, match="mode=supervised takes 1, or 2"):
         Config(mode="supervised").check_views((View(),) * 3)
-    with pytest.raises(ValueError, match="batch_size=3 is too few"):
+    with pytest.raises(ValueError, match="batch_size=3 is too small"):
         Config().check(images=10, batch_size=3, image_size=32)
     supervised = Config.model_validate({"mode": "supervised", **teacher})
     with pytest.raises(DataError, match="takes one class an image, the data has no labels"):

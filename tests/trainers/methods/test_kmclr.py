@@ -92,7 +92,7 @@ def test_what_cannot_work_is_refused() -> None:
     Config(centres=1000).check(images=1000, batch_size=2, image_size=32)
     with pytest.raises(ValueError, match=r"method\.centres=1001 is larger than the 1000 training images.*at most 1000"):
         Config(centres=1001).check(images=1000, batch_size=2, image_size=32)
-    with pytest.raises(ValueError, match="batch_size=1 leaves KMCLR without negatives; at least 2"):
+    with pytest.raises(ValueError, match=r"batch_size=1 is too small for method\.name=.*at least 2"):
         Config().check(images=1000, batch_size=1, image_size=32)
     with pytest.raises(ValueError, match=r"decay=0\.9 is not used with update=mean; remove it, or set update=ema"):
         Config(decay=0.9)

@@ -95,7 +95,7 @@ def test_dropout_is_in_encoder_and_projector_and_off_in_evaluation() -> None:
 
 
 def test_settings_that_cannot_work_are_refused() -> None:
-    with pytest.raises(ValueError, match="batch_size=1 leaves Probabilistic SimCLR without negatives"):
+    with pytest.raises(ValueError, match=r"batch_size=1 is too small for method\.name=.*at least 2"):
         Config().check(images=10, batch_size=1, image_size=32)
     with pytest.raises(ValueError, match=r"3 views of an image, method\.name=probsimclr takes 2"):
         Config().check_views(facts(views=3).plan)
