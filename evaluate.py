@@ -1,15 +1,16 @@
-"""Score an encoder: ``python evaluate.py {knn,linear,compare} RUN_OR_WEIGHTS [--data …] [key=value …]``.
+"""Score an encoder: ``python evaluate.py PROTOCOL RUN_OR_WEIGHTS [--data …] [key=value …]``.
 
-Each command prints a table with its protocol and ends with one JSON line. Settings are chosen on the held-out part of
-the training images, never on test, which is always scored whole.
+Each command prints a table with its protocol and ends with one JSON line. The record is kept in the run's folder
+``evaluations``, and the scores go to its TensorBoard.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,16 +20,20 @@ import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
 
 from configs.recipe import RecipeError, explain_errors, load_recipe, parse_overrides
 from pipelines.sources import DataConfig, DataError, open_source
 from trainers.encoders import EncoderConfig
 from trainers.features import load_encoder, random_encoder, raw_pixels
-from trainers.protocols import Job, Settings, score_knn, score_linear
+from trainers.protocols import Job, ProtocolSettings, Result, find_protocol, protocol_names
 from trainers.state import CheckpointError
 
 app = typer.Typer(
-    add_completion=False, pretty_exceptions_enable=False, help="Score an encoder on its data, or on other."
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Score an encoder on its data, or on other. Settings are chosen on the held-out part of the training images,"
+    " never on test, which is always scored whole.",
 )
 console = Console(highlight=False, soft_wrap=True)
 
@@ -39,68 +44,24 @@ DataOption = Annotated[str | None, typer.Option(help="A data source by name, or 
 Baseline = Annotated[str | None, typer.Option(help="pixels or random, in place of a trained encoder.")]
 
 
-@app.command()
-def knn(target: Target = None, overrides: Overrides = None, data: DataOption = None, baseline: Baseline = None) -> None:
-    """Weighted k-nearest-neighbour classification, several k and temperatures in one search."""
-    with _readable_errors():
-        job = _prepare(target, overrides, data, baseline)
-        _publish(job, score_knn(job))
+def _command(name: str) -> Callable[..., None]:
+    def run(
+        target: Target = None, overrides: Overrides = None, data: DataOption = None, baseline: Baseline = None
+    ) -> None:
+        with _readable_errors():
+            protocol = find_protocol(name)
+            job = _prepare(protocol.Settings, target, overrides, data, baseline)
+            _publish(name, job, protocol.score(job))
+
+    return run
 
 
-@app.command()
-def linear(
-    target: Target = None, overrides: Overrides = None, data: DataOption = None, baseline: Baseline = None
-) -> None:
-    """Logistic regression on frozen features by L-BFGS, its L2 strength chosen on the held-out part."""
-    with _readable_errors():
-        job = _prepare(target, overrides, data, baseline)
-        _publish(job, score_linear(job))
+def _first_line(protocol: str) -> str:
+    return (inspect.getdoc(find_protocol(protocol)) or "").partition("\n")[0]
 
 
-@app.command()
-def compare(target: Target = None, overrides: Overrides = None, data: DataOption = None) -> None:
-    """Raw pixels, the untrained encoder and the trained one: kNN, linear with all labels, linear with few."""
-    with _readable_errors():
-        job = _prepare(target, overrides, data, None)
-        few = job.settings.labels if job.settings.labels != "all" else "10-per-class"
-        _publish(job, compare_baselines(job, few))
-
-
-def compare_baselines(job: Job, few: str) -> dict[str, Any]:
-    """Raw pixels, the untrained encoder and the trained one, each by kNN and by linear with all and few labels."""
-    train = open_source(job.data, "train")
-    trained = job.encoder
-    rows = {
-        "raw pixels": raw_pixels(train, trained.image_size),
-        "random encoder": random_encoder(
-            trained.config or EncoderConfig(), train, trained.image_size, job.settings.seed
-        ),
-        "pretrained encoder": trained,
-    }
-    columns = {
-        "kNN": (score_knn, "all"),
-        "linear": (score_linear, "all"),
-        f"linear, {few.replace('-per-class', ' per class')}": (score_linear, few),
-    }
-    table = Table(title=f"Test top-1 (%) on {train.name}\npretrained: {trained.label}")
-    table.add_column("features")
-    for column in columns:
-        table.add_column(column, justify="right")
-    results: list[dict[str, Any]] = []
-    for name, encoder in rows.items():
-        cells = []
-        for score, labels in columns.values():
-            settings = job.settings.model_copy(update={"labels": labels})
-            result = score(Job(encoder, settings, job.data, job.device))
-            results.append(result)
-            error = result["standard_error"]
-            cells.append(f"{result['value']:.1f}" + (f" ± {error:.1f}" if error is not None else ""))
-        table.add_row(name, *cells)
-    console.print(table)
-    for result in results[: len(columns)]:
-        console.print(f"{result['protocol']}, {result['labels']} labels: {result['description']}", style="dim")
-    console.print(f"±: standard error over {job.settings.seeds} draws of the labelled images", style="dim")
-    return {**results[-1], "protocol": "compare", "rows": results}
+for _name in protocol_names():
+    app.command(_name, help=_first_line(_name))(_command(_name))
 
 
 @contextmanager
@@ -113,12 +74,18 @@ def _readable_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def _prepare(target: Path | None, overrides: list[str] | None, data: str | None, baseline: str | None) -> Job:
+def _prepare(
+    expected: type[ProtocolSettings],
+    target: Path | None,
+    overrides: list[str] | None,
+    data: str | None,
+    baseline: str | None,
+) -> Job[Any]:
     pairs = list(overrides or [])
     if target is not None and "=" in str(target) and not target.exists():
         pairs.insert(0, str(target))  # no run was given, this is the first key=value
         target = None
-    settings = _validated(Settings, parse_overrides(pairs), "command line")
+    settings = _validated(expected, parse_overrides(pairs), "command line")
     if baseline is not None and baseline not in ("pixels", "random"):
         raise RecipeError(f"--baseline={baseline} is not known; choose pixels or random")
     if (target is None) == (baseline is None):
@@ -145,7 +112,7 @@ def _prepare(target: Path | None, overrides: list[str] | None, data: str | None,
         else:
             chosen = settings.encoder if "encoder" in settings.model_fields_set else arch or settings.encoder
             encoder = random_encoder(chosen, train, size, settings.seed)
-    return Job(encoder, settings, config, torch.device(device))
+    return Job(encoder, settings, config, torch.device(device), target)
 
 
 def _data_section(data: str | None) -> tuple[dict[str, Any], EncoderConfig | None, int | None]:
@@ -168,31 +135,55 @@ def _validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
         raise RecipeError(f"{where}: {explain_errors(error, model)}") from None
 
 
-def _publish(job: Job, result: dict[str, Any]) -> None:
+def _publish(protocol: str, job: Job[Any], result: Result) -> None:
     """Print the table, keep the record, and end with the JSON line."""
-    if result["protocol"] != "compare":
-        table = Table(title=f"{result['protocol']} on {result['data']}: {result['encoder']}")
-        for column in ("labels", "chosen on the held-out part", "test top-1 (%)", "test top-5 (%)"):
-            table.add_column(column, justify="right")
-        for run in result["runs"]:
-            setting = f"L2 {run['l2']:.1e}" if "l2" in run else f"k={run['k']} T={run['temperature']:g}"
-            top5 = "–" if run["top5"] is None else f"{run['top5']:.2f}"
-            table.add_row(str(run["labels"]), setting, f"{run['top1']:.2f}", top5)
-        console.print(table)
-        console.print(result["description"], style="dim")
-        if any(run.get("l2_at_edge_of_grid") for run in result["runs"]):
-            console.print("the L2 strength chosen is the smallest or largest tried", style="yellow")
+    table = Table(title=f"{protocol} on {job.data.source}: {job.encoder.label}")
+    for column in result.table[0]:
+        table.add_column(column, justify="left" if column == next(iter(result.table[0])) else "right")
+    for row in result.table:
+        table.add_row(*row.values())
+    console.print(table)
+    console.print(result.description, style="dim")
+    for warning in result.warnings:
+        console.print(warning, style="yellow")
+    line = {
+        "protocol": protocol,
+        "metric": result.metric,
+        "value": result.value,
+        "n_test": result.n_test,
+        **result.scores,
+        **result.facts,
+        "encoder": job.encoder.label,
+        "data": job.data.source,
+        "description": result.description,
+    }
+    console.print(f"kept in {_keep(protocol, job, result, line)}", style="dim")
+    print(json.dumps(line))
+
+
+def _keep(protocol: str, job: Job[Any], result: Result, line: dict[str, Any]) -> Path:
+    """Write the record and its pictures, and the run's TensorBoard; returns the record's path."""
     folder = job.encoder.folder
     folder.mkdir(parents=True, exist_ok=True)
     told_apart_by = [job.encoder.identity, job.settings.model_dump_json(), job.data.model_dump_json()]
     digest = hashlib.sha256(json.dumps(told_apart_by).encode()).hexdigest()[:8]
-    budget = Path(result["labels"]).stem.replace("%", "pct")
-    path = folder / f"{result['protocol']}-{job.data.source}-{budget}-{digest}.json"
+    labels = [Path(result.facts["labels"]).stem.replace("%", "pct")] if "labels" in result.facts else []
+    stem = "-".join([protocol, job.data.source, *labels, digest])
+    names = {}
+    for name, picture in result.pictures.items():
+        names[name] = f"{stem}-{name}.png"
+        (folder / names[name]).write_bytes(picture)
+    record = {**line, "table": result.table, "warnings": result.warnings, "pictures": names, **result.details}
+    path = folder / f"{stem}.json"
     draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(result, indent=1))
+    draft.write_text(json.dumps(record, indent=1))
     draft.replace(path)
-    console.print(f"kept in {path}", style="dim")
-    print(json.dumps({key: value for key, value in result.items() if key not in ("runs", "rows")}))
+    if job.target is not None and job.encoder.step is not None:
+        with SummaryWriter(str(job.target / "tensorboard"), filename_suffix=f".{stem}") as board:
+            for name, value in ({result.metric: result.value} | result.scores).items():
+                if value is not None:
+                    board.add_scalar(f"evaluation/{protocol}/{name}", value, job.encoder.step)
+    return path
 
 
 if __name__ == "__main__":

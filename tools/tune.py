@@ -11,7 +11,6 @@ picture and as JSON. No run is touched. The exit code is 0, or 2 where nothing c
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shlex
@@ -192,10 +191,6 @@ def _check(asked: dict[str, bool], given: set[str]) -> None:
                 raise RecipeError(f"{_flag(option)} is for {_flag(what)}, which was not asked for")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise RecipeError("tools.tune is one process; start it without torchrun or deepspeed (--ranks says how many)")
-    if asked["lr"] and importlib.util.find_spec("matplotlib") is None:
-        raise RecipeError(
-            "--lr draws its curve with matplotlib, which is not installed: pip install 'twinstream[tune]'"
-        )
 
 
 def _given(context: typer.Context, name: str) -> bool:

@@ -38,6 +38,7 @@ class FrozenEncoder:
     folder: Path  # where results and cached features go
     config: EncoderConfig | None = None
     data: DataConfig | None = None  # what it was trained on
+    step: int | None = None  # of its run, where it is a checkpoint
 
 
 def load_encoder(path: Path) -> FrozenEncoder:
@@ -147,8 +148,10 @@ def _from_run(run: Path) -> FrozenEncoder:
         for name, value in load_file(checkpoint / "method.safetensors").items()
         if name.startswith("encoder.")
     }
-    about = json.dumps(json.loads((checkpoint / "state.json").read_text())["encoder"])
-    return _assemble(f"{run.name} ({checkpoint.name})", tensors, about, run / "evaluations", data)
+    state = json.loads((checkpoint / "state.json").read_text())
+    label = f"{run.name} ({checkpoint.name})"
+    encoder = _assemble(label, tensors, json.dumps(state["encoder"]), run / "evaluations", data)
+    return replace(encoder, step=state["step"])
 
 
 def _assemble(

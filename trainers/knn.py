@@ -33,8 +33,3 @@ def knn_votes(
         empty = torch.zeros(len(queries), classes, dtype=weights.dtype, device=weights.device)
         votes[k, temperature] = empty.scatter_add_(1, labels[:, :k], weights)
     return votes
-
-
-def top_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Share in percent of rows of scores [M, C] whose label is among the k largest."""
-    return 100 * (scores.topk(k, dim=1).indices == labels[:, None]).any(1).double().mean().item()

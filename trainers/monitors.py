@@ -17,8 +17,9 @@ from pipelines.sources import Source
 from trainers.encoders import feature_width
 from trainers.engine import Ranks
 from trainers.fitting import fitted_state, load_fitted
-from trainers.knn import knn_votes, top_accuracy
+from trainers.knn import knn_votes
 from trainers.mine import Mine
+from trainers.scores import top_accuracy
 from trainers.step import StepResult
 
 KNN_SETTINGS = ((20, 0.07), (200, 0.1))

@@ -11,9 +11,10 @@ from kernels import nearest
 from pipelines.sources import DataConfig, open_source
 from trainers.encoders import EncoderConfig
 from trainers.features import extract, features_of, random_encoder, raw_pixels
-from trainers.knn import knn_votes, top_accuracy
+from trainers.knn import knn_votes
 from trainers.linear import fit_logistic, search_logistic
 from trainers.monitors import effective_rank, feature_std
+from trainers.scores import top_accuracy
 from trainers.similarity import view_similarities
 
 CPU = torch.device("cpu")
