@@ -143,6 +143,9 @@ def _publish(protocol: str, job: Job[Any], result: Result) -> None:
     for row in result.table:
         table.add_row(*row.values())
     console.print(table)
+    if (low := result.scores.get("interval_low")) is not None:
+        high = result.scores["interval_high"]
+        console.print(f"{result.metric} {result.value:.2f}, 95 % interval {low:.2f} to {high:.2f}")
     console.print(result.description, style="dim")
     for warning in result.warnings:
         console.print(warning, style="yellow")

@@ -27,12 +27,34 @@ def plain_batches(
 
     Files and shards come through the loader that `config` names; arrays are cut where the model is.
     """
-    outer = size if size <= _SMALL else round(size * 256 / 224)
+    outer = _outer(size)
     rim = (outer - size) // 2
-    for crops, positions in _central_squares(source, outer, batch_size, device, config or LoaderConfig()):
-        inner = crops[:, rim : rim + size, rim : rim + size].contiguous()
-        params = PhotometricParams.identity(len(positions))
-        yield photometric(inner, params, mean=source.mean, std=source.std), positions
+    for squares, positions in _central_squares(source, outer, batch_size, device, config or LoaderConfig()):
+        yield _cut(squares, rim, rim, size, source), positions
+
+
+def ten_crop_batches(
+    source: Source, size: int, batch_size: int, device: torch.device, config: LoaderConfig | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """As `plain_batches`, (images [crops, B, 3, size, size], positions [B]): the middle and the four corners of the
+    central square, and their mirror images. Small images are shown whole: two crops, the image and its mirror."""
+    outer = _outer(size)
+    last, rim = outer - size, (outer - size) // 2
+    corners = ((rim, rim), (0, 0), (0, last), (last, 0), (last, last)) if last else ((0, 0),)
+    for squares, positions in _central_squares(source, outer, batch_size, device, config or LoaderConfig()):
+        crops = torch.stack([_cut(squares, top, left, size, source) for top, left in corners])
+        yield torch.cat([crops, crops.flip(-1)]), positions
+
+
+def _outer(size: int) -> int:
+    return size if size <= _SMALL else round(size * 256 / 224)
+
+
+def _cut(squares: Tensor, top: int, left: int, size: int, source: Source) -> Tensor:
+    """[B, outer, outer, 3] uint8 -> [B, 3, size, size] normalised, channels_last."""
+    inner = squares[:, top : top + size, left : left + size].contiguous()
+    params = PhotometricParams.identity(len(squares))
+    return photometric(inner, params, mean=source.mean, std=source.std)
 
 
 def _central_squares(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines.config import LoaderConfig
-from pipelines.plain_views import plain_batches
+from pipelines.plain_views import plain_batches, ten_crop_batches
 from pipelines.sources import DataConfig, Source
 from trainers.dropout import add_dropout
 from trainers.encoders import EncoderConfig, build_encoder
@@ -80,11 +82,19 @@ def raw_pixels(source: Source, size: int | None) -> FrozenEncoder:
 
 
 def features_of(
-    encoder: FrozenEncoder, source: Source, device: torch.device, loading: LoaderConfig | None = None
+    encoder: FrozenEncoder,
+    source: Source,
+    device: torch.device,
+    loading: LoaderConfig | None = None,
+    *,
+    ten_crop: bool = False,
 ) -> Tensor:
-    """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time."""
+    """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time.
+
+    With ``ten_crop`` [crops, N, d], of the crops that `ten_crop_batches` makes.
+    """
     if encoder.module is None:  # pixels are cheaper to read than to keep
-        return extract(encoder, source, device, loading)
+        return extract(encoder, source, device, loading, ten_crop=ten_crop)
     key = hashlib.sha256(
         json.dumps(
             [
@@ -94,6 +104,7 @@ def features_of(
                 *encoder.std,
                 source.fingerprint(),
                 device.type,
+                *(["ten_crop"] if ten_crop else []),
             ]
         ).encode()
     ).hexdigest()[:16]
@@ -104,9 +115,9 @@ def features_of(
         except Exception as error:  # a damaged cache costs a recomputation, nothing else
             print(f"{path} cannot be read ({error}); extracting again")
         else:
-            if len(cached) == len(source.labels):
+            if cached.shape[-2] == len(source.labels):
                 return cached.to(device)
-    features = extract(encoder, source, device, loading)
+    features = extract(encoder, source, device, loading, ten_crop=ten_crop)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     save_file({"features": features.cpu().contiguous()}, draft)
@@ -116,20 +127,36 @@ def features_of(
 
 @torch.no_grad()
 def extract(
-    encoder: FrozenEncoder, source: Source, device: torch.device, loading: LoaderConfig | None = None
+    encoder: FrozenEncoder,
+    source: Source,
+    device: torch.device,
+    loading: LoaderConfig | None = None,
+    *,
+    ten_crop: bool = False,
 ) -> Tensor:
-    """Features [N, d] float32. The encoder is in eval mode and asserted to come out as it went in."""
+    """Features [N, d] float32, or [crops, N, d]. The encoder is in eval mode, and comes out as it went in."""
     source = replace(source, mean=encoder.mean, std=encoder.std)  # as the encoder was trained
-    batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
+    with frozen(encoder, device) as module:
+        if ten_crop:
+            crops = ten_crop_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
+            return torch.cat([torch.stack([module(images) for images in views]) for views, _ in crops], dim=1)
+        batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
+        return torch.cat([module(images) for images, _ in batches])
+
+
+@contextmanager
+def frozen(encoder: FrozenEncoder, device: torch.device) -> Iterator[Callable[[Tensor], Tensor]]:
+    """images [N, 3, H, W] -> features [N, d] float32, in eval mode and without gradient; afterwards it is asserted
+    that no buffer of the encoder was touched."""
     if encoder.module is None:
-        return torch.cat([images.flatten(1) for images, _ in batches])
+        yield lambda images: images.flatten(1)
+        return
     module = encoder.module.to(device).to(memory_format=torch.channels_last).eval()
     module.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    features = torch.cat([module(images).float() for images, _ in batches])
+    yield lambda images: module(images).float()
     changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
     assert not changed, f"evaluation changed the frozen encoder: {changed}"
-    return features
 
 
 def _from_run(run: Path) -> FrozenEncoder:

@@ -1,14 +1,23 @@
-"""Multinomial logistic regression on frozen features: full-batch L-BFGS over a grid of L2 strengths."""
+"""Multinomial logistic regression on frozen features: every L2 strength of a grid at once, by one batched L-BFGS.
+
+All strengths share the features, so the logits of all are one matrix product, and one eigendecomposition of the
+features' covariance makes the problems round: in its basis the Hessian of each is bounded by a diagonal matrix
+(Böhning, 1992), which L-BFGS starts from. A fit then takes tens of steps instead of hundreds.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-L2_GRID = tuple(10.0**exponent for exponent in torch.linspace(-6, 1, 15).tolist())
+from trainers.lbfgs import minimise
+
+L2_GRID = tuple(10.0 ** (step / 2) for step in range(-12, 3))  # 1e-6 to 10
+LOGITS_AT_A_TIME = 2**24  # of all strengths and classes: 64 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,47 +42,36 @@ class LinearSearch:
 
 
 def fit_logistic(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    l2: float,
-    start: LinearFit | None = None,
-    max_iterations: int = 300,
-) -> LinearFit:
-    """Minimise mean cross-entropy + l2/2 · |weight|² (the bias is free) over standardised features [N, d].
+    features: Tensor, labels: Tensor, classes: int, l2: Sequence[float], *, standardise: bool = True
+) -> list[LinearFit]:
+    """Minimise mean cross-entropy + l2/2 · |weight|² (the bias is free) over features [N, d], for each strength.
 
-    scikit-learn's ``C`` is 1/(l2 · N). Features are standardised by their own mean and std; dimensions that never
-    vary are only centred. ``start``: a fit to begin from.
+    scikit-learn's ``C`` is 1/(l2 · N). Features are standardised by their own mean and std unless told otherwise;
+    dimensions that never vary are only centred. float32 (float64 for float64 features).
+
+    Raises:
+        ValueError: a strength that is not above 0.
     """
-    if start is None:
-        mean = features.mean(0)
-        scale = features.std(0, unbiased=False)
-        scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
-        weight = features.new_zeros(classes, features.shape[1])
-        bias = features.new_zeros(classes)
-    else:
-        mean, scale, weight, bias = start.mean, start.scale, start.weight.clone(), start.bias.clone()
-    inputs = (features - mean) / scale
-    weight.requires_grad_()
-    bias.requires_grad_()
-    optimizer = torch.optim.LBFGS(
-        [weight, bias],
-        max_iter=max_iterations,
-        tolerance_grad=1e-6,
-        tolerance_change=1e-9,
-        history_size=20,
-        line_search_fn="strong_wolfe",
+    if not l2 or min(l2) <= 0:
+        raise ValueError(f"l2={list(l2)}: expected strengths above 0")
+    mean, scale = _standard(features) if standardise else (features.new_zeros(()), features.new_ones(()))
+    centre = features.mean(0) if not standardise else mean
+    rows, variances, basis = _round((features - centre) / scale)
+    strengths = features.new_tensor(l2)
+    problem = _Problem(rows, labels, classes, strengths)
+    # The last column is the bias; ½ bounds the eigenvalues of the softmax's Hessian.
+    curvature = 0.5 * torch.cat([variances, variances.new_ones(1)]) + F.pad(
+        strengths[:, None].expand(-1, len(variances)), (0, 1)
     )
-
-    def objective() -> Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(F.linear(inputs, weight, bias), labels) + 0.5 * l2 * weight.square().sum()
-        loss.backward()
-        return loss
-
-    with torch.enable_grad():
-        optimizer.step(objective)
-    return LinearFit(weight.detach(), bias.detach(), mean, scale, l2)
+    found = minimise(problem, rows.new_zeros(len(l2), classes, rows.shape[1]), curvature[:, None, :])
+    fits = []
+    for strength, solution in zip(l2, found, strict=True):
+        weight = solution[:, :-1] @ basis.T
+        bias = solution[:, -1]
+        if not standardise:
+            bias = bias - weight @ centre
+        fits.append(LinearFit(weight, bias, mean, scale, strength))
+    return fits
 
 
 def search_logistic(
@@ -82,20 +80,71 @@ def search_logistic(
     holdout_features: Tensor,
     holdout_labels: Tensor,
     classes: int,
-    grid: tuple[float, ...] = L2_GRID,
+    grid: Sequence[float] = L2_GRID,
+    *,
+    standardise: bool = True,
 ) -> LinearSearch:
-    """Fit every L2 strength, strongest first and each from the last, and keep the best on the held-out part.
-
-    Ties go to the stronger regularisation.
-    """
+    """Fit every L2 strength and keep the best on the held-out part. Ties go to the stronger regularisation."""
     scores: dict[float, float] = {}
-    best: LinearFit | None = None
-    fit: LinearFit | None = None
-    for l2 in sorted(grid, reverse=True):
-        fit = fit_logistic(features, labels, classes, l2, start=fit)
+    fits = fit_logistic(features, labels, classes, sorted(grid, reverse=True), standardise=standardise)
+    for fit in fits:
         hits = fit.logits(holdout_features).argmax(1) == holdout_labels
-        scores[l2] = 100 * hits.double().mean().item()
-        if best is None or scores[l2] > scores[best.l2]:
-            best = fit
-    assert best is not None
+        scores[fit.l2] = 100 * hits.double().mean().item()
+    best = max(fits, key=lambda fit: scores[fit.l2])
     return LinearSearch(best, scores, best.l2 in (min(grid), max(grid)) and len(grid) > 1)
+
+
+class _Problem:
+    """The objectives of G strengths and their gradients, by one product over the rows for the logits of all."""
+
+    def __init__(self, rows: Tensor, labels: Tensor, classes: int, strengths: Tensor) -> None:
+        """rows [N, r + 1] with a last column of ones, labels [N], strengths [G]."""
+        self.rows, self.labels, self.strengths = rows, labels, strengths
+        self.at_a_time = max(1, LOGITS_AT_A_TIME // (len(strengths) * classes))
+
+    def __call__(self, weights: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights [g, C, r + 1] of the strengths ``which`` [g] -> objectives [g] and gradients [g, C, r + 1]."""
+        flat = weights.flatten(0, 1)
+        penalised = weights * self.strengths[which, None, None]
+        penalised[..., -1] = 0
+        losses = (0.5 * penalised * weights).sum((1, 2), dtype=torch.float64)
+        gradient = torch.zeros_like(flat)
+        count = len(self.rows)
+        for rows, labels in zip(self.rows.split(self.at_a_time), self.labels.split(self.at_a_time), strict=True):
+            # [g, C, n]: on a CPU this orientation is the quick one, and the softmax runs along rows of n.
+            logits = (flat @ rows.T).view(*weights.shape[:2], len(rows))
+            own = labels.expand(len(weights), 1, -1)
+            picked = logits.gather(1, own)
+            largest = logits.amax(1, keepdim=True)
+            share = logits.sub_(largest).exp_()
+            total = share.sum(1, keepdim=True)
+            losses += (total.log() + largest - picked).sum((1, 2), dtype=torch.float64) / count
+            share.div_(total * count).scatter_add_(1, own, share.new_full(own.shape, -1 / count))
+            gradient.addmm_(share.flatten(0, 1), rows)
+        return losses, gradient.view_as(weights) + penalised
+
+
+def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+    mean = features.mean(0)
+    scale = features.std(0, unbiased=False)
+    return mean, torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
+
+
+def _round(centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred features [N, d] in the basis of their covariance: rows [N, r + 1] with a last column of ones, the
+    variances [r] and the basis [d, r]. Directions in which nothing varies are left out: their weights are 0."""
+    count, width = centred.shape
+    if count < width:
+        variances, left = torch.linalg.eigh(centred @ centred.T / count)
+        kept = variances > _negligible(variances)
+        variances = variances[kept]
+        basis = centred.T @ left[:, kept] / (variances * count).sqrt()
+    else:
+        variances, basis = torch.linalg.eigh(centred.T @ centred / count)
+        kept = variances > _negligible(variances)
+        variances, basis = variances[kept], basis[:, kept].contiguous()
+    return F.pad(centred @ basis, (0, 1), value=1.0), variances, basis
+
+
+def _negligible(variances: Tensor) -> Tensor:
+    return variances.amax().clamp_min(0) * len(variances) * torch.finfo(variances.dtype).eps
