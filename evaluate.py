@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import typer
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
@@ -48,10 +50,12 @@ def _command(name: str) -> Callable[..., None]:
     def run(
         target: Target = None, overrides: Overrides = None, data: DataOption = None, baseline: Baseline = None
     ) -> None:
-        with _readable_errors():
+        with _readable_errors(), _processes() as group:
             protocol = find_protocol(name)
-            job = _prepare(protocol.Settings, target, overrides, data, baseline)
-            _publish(name, job, protocol.score(job))
+            job = _prepare(protocol.Settings, target, overrides, data, baseline, group)
+            result = protocol.score(job)
+            if job.is_main:
+                _publish(name, job, result)
 
     return run
 
@@ -74,12 +78,28 @@ def _readable_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+@contextmanager
+def _processes() -> Iterator[dist.ProcessGroup | None]:
+    """The group of all processes that torchrun or deepspeed started for this evaluation; None if it is this one."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield None
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
 def _prepare(
     expected: type[ProtocolSettings],
     target: Path | None,
     overrides: list[str] | None,
     data: str | None,
     baseline: str | None,
+    group: dist.ProcessGroup | None,
 ) -> Job[Any]:
     pairs = list(overrides or [])
     if target is not None and "=" in str(target) and not target.exists():
@@ -99,11 +119,13 @@ def _prepare(
     if encoder is not None and (settings.size is not None or "encoder" in settings.model_fields_set):
         raise RecipeError("size and encoder are for --baseline; a trained encoder knows its own")
     config = _validated(DataConfig, {**base, **settings.data}, "data")
-    device = settings.device
+    device: str = settings.device
     if device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device=cuda, but no CUDA device is available; choose auto or cpu")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and group is not None:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     if encoder is None:
         train = open_source(config, "train")
         size = settings.size or size
@@ -112,7 +134,7 @@ def _prepare(
         else:
             chosen = settings.encoder if "encoder" in settings.model_fields_set else arch or settings.encoder
             encoder = random_encoder(chosen, train, size, settings.seed)
-    return Job(encoder, settings, config, torch.device(device), target)
+    return Job(encoder, settings, config, torch.device(device), target, group)
 
 
 def _data_section(data: str | None) -> tuple[dict[str, Any], EncoderConfig | None, int | None]:

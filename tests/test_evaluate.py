@@ -1,6 +1,8 @@
 """``evaluate.py`` as a user runs it."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,23 @@ def test_mistakes_end_in_one_readable_message(tmp_path: Path, arguments: list[st
     assert done.exit_code == 2, done.output
     assert expected in done.stderr
     assert done.stderr.startswith("error: ")
+
+
+def test_two_processes_find_what_one_does(tmp_path: Path, weights: Path) -> None:
+    """Each extracts its share of the features and classifies its share of the queries."""
+    arguments = ["knn", str(weights), "--data", "digits", "k=[5, 20]"]
+    alone = last_line(evaluate(tmp_path, *arguments))
+    for path in (weights.parent / "evaluations/features").glob("*"):
+        path.unlink()
+    script = str(Path(__file__).parents[1] / "evaluate.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, *arguments]
+    done = subprocess.run(launch, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == alone
+    assert done.stdout.count('"protocol"') == 1, "one process speaks"
+    kept = sorted(path.name for path in (weights.parent / "evaluations/features").iterdir())
+    assert len(kept) == 3
+    assert all(name.endswith(".safetensors") for name in kept), "the shares are put together and removed"
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: Path) -> None:

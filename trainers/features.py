@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -88,10 +90,12 @@ def features_of(
     loading: LoaderConfig | None = None,
     *,
     ten_crop: bool = False,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Features [N, d] float32 of a source in its order, from the cache if weights and data are those of last time.
 
-    With ``ten_crop`` [crops, N, d], of the crops that `ten_crop_batches` makes.
+    On the host, and mapped from the cache: what is not read takes no memory. With ``ten_crop`` [crops, N, d], of the
+    crops that `ten_crop_batches` makes. With a group each rank extracts its share; they must see the same folder.
     """
     if encoder.module is None:  # pixels are cheaper to read than to keep
         return extract(encoder, source, device, loading, ten_crop=ten_crop)
@@ -109,20 +113,60 @@ def features_of(
         ).encode()
     ).hexdigest()[:16]
     path = encoder.folder / "features" / f"{key}.safetensors"
-    if path.exists():
-        try:
-            cached = load_file(path)["features"]
-        except Exception as error:  # a damaged cache costs a recomputation, nothing else
-            print(f"{path} cannot be read ({error}); extracting again")
-        else:
-            if cached.shape[-2] == len(source.labels):
-                return cached.to(device)
-    features = extract(encoder, source, device, loading, ten_crop=ten_crop)
+    cached = _cached(path, len(source))
+    if cached is not None:
+        return cached
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
+    if group is None:
+        _store(path, extract(encoder, source, device, loading, ten_crop=ten_crop))
+    else:
+        _extract_together(path, encoder, source, device, loading, ten_crop, group)
+    cached = _cached(path, len(source))
+    if cached is None:
+        raise CheckpointError(f"{path} is gone, or this process does not see what the others wrote there")
+    return cached
+
+
+def _extract_together(
+    path: Path,
+    encoder: FrozenEncoder,
+    source: Source,
+    device: torch.device,
+    loading: LoaderConfig | None,
+    ten_crop: bool,
+    group: dist.ProcessGroup,
+) -> None:
+    """Each rank writes the features of its share of the images, and the first puts them together."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    bounds = [len(source) * part // world for part in range(world + 1)]
+    parts = [path.with_suffix(f".part{part}-of-{world}") for part in range(world)]
+    share = source.select(torch.arange(bounds[rank], bounds[rank + 1]))
+    _store(parts[rank], extract(encoder, share, device, loading, ten_crop=ten_crop))
+    dist.barrier(group=group)
+    if rank == 0:
+        if missing := [part.name for part in parts if not part.exists()]:
+            raise CheckpointError(f"{path.parent} lacks {missing[0]}: all processes must see the same folder")
+        _store(path, torch.cat([load_file(part)["features"] for part in parts], dim=-2))
+        for part in parts:
+            part.unlink()
+    dist.barrier(group=group)
+
+
+def _store(path: Path, features: Tensor) -> None:
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({"features": features.cpu().contiguous()}, draft)
     draft.replace(path)
-    return features
+
+
+def _cached(path: Path, images: int) -> Tensor | None:
+    if not path.exists():
+        return None
+    try:
+        features = load_file(path)["features"]
+    except Exception as error:  # a damaged cache costs a recomputation, nothing else
+        print(f"{path} cannot be read ({error}); extracting again")
+        return None
+    return features if features.shape[-2] == images else None
 
 
 @torch.no_grad()
@@ -134,14 +178,17 @@ def extract(
     *,
     ten_crop: bool = False,
 ) -> Tensor:
-    """Features [N, d] float32, or [crops, N, d]. The encoder is in eval mode, and comes out as it went in."""
+    """Features [N, d] float32 on the host, or [crops, N, d]. The encoder, in eval mode, comes out as it went in."""
     source = replace(source, mean=encoder.mean, std=encoder.std)  # as the encoder was trained
     with frozen(encoder, device) as module:
-        if ten_crop:
-            crops = ten_crop_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
-            return torch.cat([torch.stack([module(images) for images in views]) for views, _ in crops], dim=1)
-        batches = plain_batches(source, encoder.image_size, BATCH_SIZE, device, loading)
-        return torch.cat([module(images) for images, _ in batches])
+        make = ten_crop_batches if ten_crop else plain_batches
+        found = Tensor()
+        for images, positions in make(source, encoder.image_size, BATCH_SIZE, device, loading):
+            rows = torch.stack([module(crop) for crop in images]) if ten_crop else module(images)
+            if not found.numel():  # at once for all images: joining parts would take the memory twice
+                found = torch.empty(*rows.shape[:-2], len(source), rows.shape[-1])
+            found[..., positions, :] = rows.cpu()
+        return found
 
 
 @contextmanager

@@ -24,17 +24,22 @@ class Accuracy:
 
 def accuracy(scores: Tensor, labels: Tensor) -> Accuracy:
     """Of scores [N, C], the larger the likelier, for labels [N]."""
-    classes = scores.shape[1]
-    predicted = scores.argmax(1)
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes).cpu()
+    return ranked_accuracy(scores.topk(min(5, scores.shape[1]), dim=1).indices, labels, scores.shape[1])
+
+
+def ranked_accuracy(ranking: Tensor, labels: Tensor, classes: int) -> Accuracy:
+    """Of the likeliest classes [N, 5] (all, where there are fewer), likeliest first, for labels [N]."""
+    labels, ranking = labels.cpu(), ranking.cpu()
+    predicted = ranking[:, 0]
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
     totals = confusion.sum(1)
     right = confusion.diagonal()
     return Accuracy(
-        top1=top_accuracy(scores, labels),
-        top5=top_accuracy(scores, labels, 5) if classes >= 6 else None,
+        top1=100 * (predicted == labels).double().mean().item(),
+        top5=100 * (ranking == labels[:, None]).any(1).double().mean().item() if classes >= 6 else None,
         per_class=[100 * int(r) / int(t) if t else None for r, t in zip(right, totals, strict=True)],
         confusion=confusion,
-        correct=(predicted == labels).cpu(),
+        correct=predicted == labels,
     )
 
 

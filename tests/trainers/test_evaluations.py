@@ -148,7 +148,7 @@ def test_features_are_cached_by_weights_and_data(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = open_source(DataConfig(source="digits"), "holdout")
     config = EncoderConfig(arch="resnet8x4")
-    first = features_of(random_encoder(config, source, 8, seed=0), source, CPU)
+    first = features_of(random_encoder(config, source, 8, seed=0), source, CPU).clone()  # else it is the file itself
     cached = list((tmp_path / "runs/evaluations/features").glob("*.safetensors"))
     assert len(cached) == 1
     monkeypatch.setattr("trainers.features.extract", lambda *a: pytest.fail("extracted again"))

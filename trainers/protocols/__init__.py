@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor
 
@@ -59,6 +60,11 @@ class Job(Generic[S]):
     data: DataConfig
     device: torch.device
     target: Path | None = None  # the run folder or weights that the encoder is from
+    group: dist.ProcessGroup | None = None  # of the processes that do this evaluation together; None: this one alone
+
+    @property
+    def is_main(self) -> bool:
+        return self.group is None or dist.get_rank(self.group) == 0
 
     def splits(self) -> tuple[Source, Source | None, Source]:
         """train, holdout (if there is one) and test, of one class an image, opened before any feature is computed.
@@ -74,24 +80,30 @@ class Job(Generic[S]):
         holdout = open_source(self.data, "holdout") if describe(self.data).counts["holdout"] else None
         return train, holdout, open_source(self.data, "test")
 
+    def stored_features(
+        self, source: Source, *, encoder: FrozenEncoder | None = None, ten_crop: bool = False
+    ) -> Tensor:
+        """Features [N, d] of a split on the host, or [crops, N, d]; extracted by all processes together."""
+        return features_of(encoder or self.encoder, source, self.device, self.data, ten_crop=ten_crop, group=self.group)
+
     def features(self, source: Source) -> tuple[Tensor, Tensor]:
-        """Features [N, d] and labels of a split."""
-        return features_of(self.encoder, source, self.device, self.data), source.labels.to(self.device)
+        """Features [N, d] and labels of a split, on the device."""
+        return self.stored_features(source).to(self.device), source.labels.to(self.device)
 
 
 def labelled(job: Job[C], train: Source) -> list[Tensor]:
     """Positions of the images whose labels may be used, once for each seed, kept as index files."""
     budget = job.settings.labels
     if budget.endswith(".json"):
-        return [load_subset(Path(budget), train).to(job.device)]
+        return [load_subset(Path(budget), train)]
     chosen = [label_subset(train, budget, seed) for seed in range(1 if budget == "all" else job.settings.seeds)]
-    if budget != "all":
+    if budget != "all" and job.is_main:
         folder = job.encoder.folder / "labels"
         folder.mkdir(parents=True, exist_ok=True)
         for seed, positions in enumerate(chosen):
             name = f"{train.name}-{train.fingerprint()[:8]}-{budget.replace('%', 'pct')}-seed{seed}.json"
             save_subset(folder / name, train, positions, budget=budget, seed=seed)
-    return [positions.to(job.device) for positions in chosen]
+    return chosen
 
 
 @dataclass(slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from pydantic import Field
 
-from trainers.knn import knn_votes
+from trainers.knn import knn_rankings
 from trainers.protocols import ClassificationSettings, Job, Result, Run, classification_result, labelled
-from trainers.scores import accuracy, top_accuracy
+from trainers.scores import ranked_accuracy
 
 
 class Settings(ClassificationSettings):
@@ -21,21 +22,21 @@ def score(job: Job[Settings]) -> Result:
     train, holdout, test = job.splits()
     subsets = labelled(job, train)
     grid = [(k, t) for k in job.settings.k for t in job.settings.temperature]
-    bank, bank_labels = job.features(train)
-    held = None if holdout is None else job.features(holdout)
-    test_features, test_labels = job.features(test)
+    bank, queries = job.stored_features(train), job.stored_features(test)
+    held = None if holdout is None else job.stored_features(holdout)
+    classify = partial(knn_rankings, classes=train.num_classes, settings=grid, device=job.device, group=job.group)
     runs = []
     for chosen in subsets:
-        bank_part = bank[chosen], bank_labels[chosen], train.num_classes
+        rows, labels = (bank, train.labels) if len(chosen) == len(train) else (bank[chosen], train.labels[chosen])
         held_out: dict[tuple[int, float], float] = {}
-        if held is not None:
-            votes = knn_votes(held[0], *bank_part, grid)
-            held_out = {setting: top_accuracy(vote, held[1]) for setting, vote in votes.items()}
+        if held is not None and holdout is not None:
+            rankings = classify(held, rows, labels)
+            held_out = {s: ranked_accuracy(r, holdout.labels, train.num_classes).top1 for s, r in rankings.items()}
         best = max(grid, key=lambda setting: held_out.get(setting, 0.0))  # ties: the first of the lists
-        votes = knn_votes(test_features, *bank_part, grid)
-        every = {f"k={k} T={t:g}": top_accuracy(vote, test_labels) for (k, t), vote in votes.items()}
-        found = accuracy(votes[best], test_labels)
-        runs.append(Run(len(chosen), {"k": best[0], "temperature": best[1]}, found, {"all_settings": every}))
+        rankings = classify(queries, rows, labels)
+        found = {s: ranked_accuracy(r, test.labels, train.num_classes) for s, r in rankings.items()}
+        every = {f"k={k} T={t:g}": found[k, t].top1 for k, t in grid}
+        runs.append(Run(len(chosen), {"k": best[0], "temperature": best[1]}, found[best], {"all_settings": every}))
     by = f"the held-out part ({len(holdout)} images)" if holdout else "order of the lists, nothing being held out"
     description = (
         f"weighted kNN on L2-normalised features (arXiv:1805.01978); bank: {runs[0].labels} labelled images of"

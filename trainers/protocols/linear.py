@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipelines.sources import DataError, Source
 from trainers.encoders import feature_width
-from trainers.features import FrozenEncoder, features_of
+from trainers.features import FrozenEncoder
 from trainers.head_grid import HeadGrid, grid
 from trainers.head_training import AugmentedRows, Choices, FeatureChoice, cached_batches, train_heads, with_stages
 from trainers.linear import L2_GRID, fit_logistic, search_logistic
@@ -132,7 +132,7 @@ def _by_heads(job: Job[Settings], settings: Settings) -> Result:
         encoder = with_stages(encoder)
     held = _held_out(job, train, holdout, len(heads), encoder)
     subsets = labelled(job, train)
-    rows = features_of(encoder, train, job.device, job.data)
+    rows = job.stored_features(train, encoder=encoder).to(job.device)
     test_rows = _test_rows(job, encoder, test, settings)
     runs, at_edge = [], False
     for seed, chosen in enumerate(subsets):
@@ -242,12 +242,12 @@ def _held_out(
         return None
     if holdout is None:
         raise DataError(f"{train.name} has no held-out part to choose the settings on; set data.holdout above 0")
-    return features_of(encoder or job.encoder, holdout, job.device, job.data), holdout.labels.to(job.device)
+    return job.stored_features(holdout, encoder=encoder).to(job.device), holdout.labels.to(job.device)
 
 
 def _test_rows(job: Job[Settings], encoder: FrozenEncoder, test: Source, settings: Settings) -> Tensor:
     """[crops, N, d]."""
-    rows = features_of(encoder, test, job.device, job.data, ten_crop=bool(settings.ten_crop))
+    rows = job.stored_features(test, encoder=encoder, ten_crop=bool(settings.ten_crop)).to(job.device)
     return rows if settings.ten_crop else rows[None]
 
 
