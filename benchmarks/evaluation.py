@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 python benchmarks/evaluation.py [--only knn] [--json FILE]
 
 Contenders take turns; a ratio is the median over the rounds of their time over ours. Features are synthetic: ten
-overlapping classes in 512 dimensions of uneven variance, of which logistic regression gets about 80 % right.
+overlapping classes in 512 dimensions of uneven variance, of which logistic regression gets three quarters right.
 """
 
 from __future__ import annotations
