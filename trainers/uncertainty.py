@@ -103,8 +103,9 @@ def _passes(
         torch.manual_seed(seed)
         for number in range(1, passes + 1):
             features = encoder(images).float()
-            before, mean = mean, mean + (features - mean) / number  # Welford's: no difference of large squares
-            squares = squares + (features - before) * (features - mean)
+            wide = features.double()
+            before, mean = mean, mean + (wide - mean) / number  # Welford's: no difference of large squares
+            squares = squares + (wide - before) * (wide - mean)
             for name, head in heads.items():
                 single = head(features).double()
                 probabilities[name] = probabilities.get(name, 0) + single / passes

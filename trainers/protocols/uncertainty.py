@@ -39,6 +39,8 @@ class Settings(ProtocolSettings):
     @field_validator("ood", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "source" not in value:
+            raise ValueError("which images? name them by ood.source=… beside its other keys")
         return {"source": value} if isinstance(value, str) else value
 
 
