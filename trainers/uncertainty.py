@@ -33,7 +33,7 @@ class Predictive:
 
 @dataclass(frozen=True, slots=True)
 class DropoutPasses:
-    """What T passes with dropout gave. Variances are unbiased, over the passes of one image."""
+    """What T passes with dropout gave; on the CPU. Variances are unbiased, over the passes of one image."""
 
     heads: dict[str, Predictive]
     variance: Tensor  # [N] of the features, mean over their dimensions
@@ -84,12 +84,13 @@ def dropout_passes(
             found, mean, variance = _passes(encoder, heads, images, passes, drawn)
             for name, part in found.items():
                 parts[name].append(part)
-            variances.append(variance.mean(1).float())
+            variances.append(variance.mean(1).float().cpu())
             sums = [total.to(rows) + rows.sum(0) for total, rows in zip(sums, (mean, variance), strict=True)]
             images_seen += len(images)
     assert all(torch.equal(buffer, value) for buffer, value in before), "evaluation changed the frozen encoder"
     joined = {name: _joined(several) for name, several in parts.items()}
-    return DropoutPasses(joined, torch.cat(variances), sums[0] / images_seen, sums[1] / images_seen)
+    mean_of_all, variance_of_all = (total.cpu() / images_seen for total in sums)
+    return DropoutPasses(joined, torch.cat(variances), mean_of_all, variance_of_all)
 
 
 def _passes(
@@ -114,7 +115,7 @@ def _passes(
     for name, rows in probabilities.items():
         total = entropy(rows)
         parts = (rows, total, expected[name], (total - expected[name]).clamp_min(0))
-        found[name] = Predictive(*(part.float() for part in parts))
+        found[name] = Predictive(*(part.float().cpu() for part in parts))
     return found, mean, squares / (passes - 1)
 
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 
 from configs.recipe import load_recipe
+from pipelines.plain_views import plain_batches
 from pipelines.sources import open_source
 from tests.trainers.small_runs import facts
 from trainers.dropout import dropout_rate
@@ -27,7 +29,7 @@ SMALL = {
 
 
 def write_run(folder: Path, method: dict[str, Any], step: int = 18, **changes: Any) -> BaseMethod:
-    """A run on the digits with a checkpoint of an untrained method whose BatchNorms have seen them; returns it."""
+    """A run on the digits with a checkpoint of an untrained method, but for BatchNorm's statistics; returns it."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(SMALL | {"method": method} | changes))
     recipe = load_recipe(folder / "recipe.yaml")
@@ -38,9 +40,12 @@ def write_run(folder: Path, method: dict[str, Any], step: int = 18, **changes: A
         plan=recipe.views.resolve(), mean=source.mean, std=source.std, images=len(source), classes=10, steady=False
     )
     built = build_method(recipe.method, build_encoder(recipe.encoder, 8), given)
-    built.train()
+    images, _ = next(plain_batches(source, 8, 64, torch.device("cpu")))
+    for module in built.train().modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 1.0
     with torch.no_grad():
-        built.embed(torch.randn(2, 64, 3, 8, 8))
+        built.embed(images.expand(2, *images.shape))
     about = {
         "arch": recipe.encoder.arch,
         "stem": recipe.encoder.stem,

@@ -126,7 +126,7 @@ def test_prompts_names_and_templates(tmp_path: Path) -> None:
     wnids = ("n01440764", "n01443537")
     with pytest.raises(DataError, match="says nothing to a text tower"):
         read_names(None, wnids)
-    path.write_text("n01443537 goldfish\nn00000001 other\nn01440764 tench, fish\n")
+    path.write_text("n01443537\tgoldfish\nn00000001 other\nn01440764 tench, fish\n")
     assert read_names(path, wnids) == ("tench, fish", "goldfish")
     path.write_text("sea bream\ngoldfish\n")
     assert read_names(path, wnids) == ("sea bream", "goldfish")

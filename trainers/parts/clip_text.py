@@ -89,9 +89,9 @@ def read_names(path: Path | None, classes: Sequence[str]) -> tuple[str, ...]:
             )
         return tuple(classes)
     lines = _lines(path, "names")
-    pairs = dict(line.partition(" ")[::2] for line in lines)
-    if all(pairs.get(name, "").strip() for name in classes):
-        return tuple(pairs[name].strip() for name in classes)
+    pairs = dict(parts for line in lines if len(parts := line.split(maxsplit=1)) == 2)
+    if all(name in pairs for name in classes):
+        return tuple(pairs[name] for name in classes)
     if len(lines) != len(classes):
         raise DataError(
             f"names={path} has {len(lines)} lines, the data {len(classes)} classes; expected a line for each class, in"

@@ -65,15 +65,15 @@ def score(job: Job[Settings]) -> Result:
     train, holdout, test = job.splits()
     named = _named(job)
     templates, names = read_templates(settings.templates), read_names(settings.names, test.classes)
+    student = _student(job) if settings.scored == "student" else None
+    if student is not None and holdout is None:
+        raise DataError(f"{train.name} has no held-out part to choose the L2 strength on; set data.holdout above 0")
     text = ClipText(named.teacher, named.pretrained).embed(class_prompts(names, templates), job.device)
     prompts = text.unflatten(0, (len(names), len(templates)))
     tower = _tower(job, named)
     rows = {"teacher": features_of(tower, test, job.device, job.data)}
     search = None
-    if settings.scored == "student":
-        if holdout is None:
-            raise DataError(f"{train.name} has no held-out part to choose the L2 strength on; set data.holdout above 0")
-        student = _student(job)
+    if student is not None and holdout is not None:
         wanted = [F.normalize(features_of(tower, part, job.device, job.data), dim=1) for part in (train, holdout)]
         search = search_ridge(student(train), wanted[0], student(holdout), wanted[1])
         rows = {"student": search.best(student(test))} | rows
