@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 import yaml
@@ -88,7 +89,9 @@ def _method_of(recipe: dict[str, Any], run: Path) -> MethodConfig:
         settings = recipe["method"]
         if settings["name"] not in method_names():
             raise ValueError(f"method.name={settings['name']!r} is not known")
-        config: MethodConfig = find_method(settings["name"]).Config.model_validate(settings)
+        kind: type[MethodConfig] = find_method(settings["name"]).Config
+        optional = {key for key, field in kind.model_fields.items() if NoneType in get_args(field.annotation)}
+        config = kind.model_validate(dict.fromkeys(optional) | settings)  # a recipe leaves out what is None
     except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise CheckpointError(f"{run}/recipe.yaml: its method section is damaged: {detail}") from error

@@ -55,8 +55,7 @@ def test_a_student_that_is_the_teacher_but_for_its_coordinates_is_found_out() ->
     assert 0.6 < accuracy < 1
     assert (cosine_scores(student, prompts).argmax(1) == labels).double().mean() < 0.4, "without a map: chance"
     search = search_ridge(student[:200], teacher[:200], student[200:250], teacher[200:250])
-    assert search.best.l2 == 1e-6
-    assert search.at_edge
+    assert search.best.l2 < 1e-3, "nothing but rounding speaks for more"
     torch.testing.assert_close(search.best(student[250:]), teacher[250:], rtol=1e-3, atol=1e-4)
     assert (cosine_scores(search.best(student), prompts).argmax(1) == of_teacher).double().mean() > 0.99
 

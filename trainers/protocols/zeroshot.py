@@ -184,10 +184,11 @@ def _result(
 def _description(
     job: Job[Settings], named: _Named, templates: int, train: Source, holdout: Source | None, test: Source
 ) -> str:
-    of = "our templates" if job.settings.templates is None else f"templates of {job.settings.templates.name}"
+    of = "ours" if job.settings.templates is None else job.settings.templates.name
+    many = "1 prompt" if templates == 1 else f"{templates} prompts"
     parts = [
-        f"class names in {templates} {of} through the text tower of {named}; cosine with the mean of a class's unit"
-        " prompt embeddings; Bregman divergence to its nearest prompt, φ(x) = max over all prompts <x, t>"
+        f"{many} a class ({of}) through the text tower of {named}; cosine with the mean of a class's unit prompt"
+        " embeddings; Bregman divergence to its nearest prompt, φ(x) = max over all prompts <x, t>"
     ]
     if job.settings.scored == "student" and holdout is not None:
         what = "features" if job.settings.embedding == "features" else "projections z"
