@@ -44,6 +44,7 @@ def reliability_picture(diagrams: Mapping[str, Reliability]) -> bytes:
         lower.set(xlabel="confidence")
         if bins.counts.max() > 20 * bins.counts[bins.counts > 0].min():
             lower.set_yscale("log")
+            lower.set_ylim(bottom=0.5)
     axes[0, 0].set_ylabel("share right")
     axes[1, 0].set_ylabel("images")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -86,17 +87,15 @@ def doubts_picture(doubts: Mapping[str, tuple[Tensor, Tensor, Tensor | None]], f
     figure = Figure(figsize=(3.9 * columns, 2.7 * rows + 0.4), layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (label, (own, correct, outside)) in zip(places, doubts.items(), strict=False):
-        groups = {"right": (own[correct], RIGHT), "wrong": (own[~correct], WRONG)}
+        groups = {"right": (own[correct].double().numpy(), RIGHT), "wrong": (own[~correct].double().numpy(), WRONG)}
         if outside is not None:
-            groups[f"{foreign} (foreign)"] = (outside, FOREIGN)
-        every = np.concatenate([values.numpy() for values, _ in groups.values()])
+            groups[f"{foreign} (foreign)"] = (outside.double().numpy(), FOREIGN)
+        every = np.concatenate([values for values, _ in groups.values()])
         edges = np.histogram_bin_edges(every, bins=30)
         for name, (values, colour) in groups.items():
             if len(values):
                 share = np.full(len(values), 100 / len(values))
-                axes.hist(
-                    values.numpy(), edges, weights=share, histtype="step", color=colour, linewidth=1.5, label=name
-                )
+                axes.hist(values, edges, weights=share, histtype="step", color=colour, linewidth=1.5, label=name)
         axes.set_title(label, fontsize=9)
         axes.tick_params(labelsize=8)
     for axes in places[len(doubts) :]:

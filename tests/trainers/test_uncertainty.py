@@ -18,6 +18,7 @@ from trainers.calibration import brier_score, equal_mass, equal_width, fit_tempe
 from trainers.dropout import MCDropout, add_dropout
 from trainers.state import CheckpointError
 from trainers.uncertainty import dropout_passes, entropy, ood_scores, risk_coverage
+from trainers.uncertainty_pictures import doubts_picture
 from trainers.whole import load_method, method_config
 
 N, C = 300, 5
@@ -199,6 +200,15 @@ def test_passes_that_agree_know_no_mutual_information() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         dropout_passes(encoder, heads, batches, 1, seed=0)
     assert entropy(torch.tensor([[1.0, 0.0]])).item() == 0
+
+
+def test_doubts_that_hardly_differ_can_be_drawn() -> None:
+    """As those of an untrained network do: by float32's last bits, or not at all."""
+    correct = torch.arange(40) % 2 == 0
+    close = torch.full((40,), 0.9).nextafter(torch.full((40,), 2.0))
+    close[::3] = 0.9
+    drawn = doubts_picture({"close": (close, correct, close[:5]), "same": (torch.zeros(40), correct | True, None)}, "x")
+    assert drawn.startswith(b"\x89PNG")
 
 
 PROBSIMCLR = {"name": "probsimclr", "dropout": 0.3, "projector": {"hidden": 32, "output": 12}}
