@@ -47,7 +47,7 @@ class ClipTeacher:
         interpolation: Literal["bicubic", "bilinear"] = "bicubic",
         own_statistics: bool = True,
     ) -> None:
-        model = _load(name, pretrained)
+        model = load_clip(name, pretrained)
         self._tower: nn.Module = model.visual.eval().requires_grad_(False)
         settings = self._tower.preprocess_cfg
         size = settings["size"]
@@ -78,6 +78,10 @@ class ClipTeacher:
             rows.append(found[: len(part)].half())
         return torch.cat(rows) if rows else views.new_empty(0, self.width, dtype=torch.float16)
 
+    def state(self) -> dict[str, Tensor]:
+        """The tower's weights, for whoever must tell one teacher from another."""
+        return dict(self._tower.state_dict())
+
     def prepare(self, views: Tensor) -> Tensor:
         """views [n, 3, H, W] -> [n, 3, *size], as the tower takes them."""
         if not self._own_statistics:
@@ -98,7 +102,7 @@ def _rows_of(output: Any) -> Tensor:
     return rows
 
 
-def _load(name: str, pretrained: str | None) -> Any:
+def load_clip(name: str, pretrained: str | None) -> Any:
     """The model with its weights, on the CPU."""
     try:
         import open_clip
@@ -109,7 +113,7 @@ def _load(name: str, pretrained: str | None) -> Any:
     _check_names(open_clip, name, pretrained)
     try:
         # The weights it is initialised with are drawn: the student's must not depend on how many those are.
-        with torch.random.fork_rng(devices=()), _root_logger_left_alone():
+        with torch.random.fork_rng(devices=()), root_logger_left_alone():
             return open_clip.create_model(name, pretrained=pretrained, require_pretrained=True, weights_only=True)
     except Exception as error:  # of whatever kind the hub, the file or the model raise
         raise DataError(_advice(open_clip, name, pretrained, _reason(error))) from error
@@ -181,7 +185,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 @contextmanager
-def _root_logger_left_alone() -> Iterator[None]:
+def root_logger_left_alone() -> Iterator[None]:
     """open_clip logs by ``logging.info``, which would give the root logger a handler for the rest of the process."""
     quiet = logging.NullHandler()
     logging.getLogger().addHandler(quiet)
