@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Setting = tuple[int, float]  # k, temperature
+from trainers.knn import Setting
 
 
 @torch.no_grad()
