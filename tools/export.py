@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from safetensors import SafetensorError
 
 from configs.recipe import RecipeError
 from tools.exporting import to_detectron2, to_onnx, to_pt2, to_timm, to_torchscript, to_torchvision
 from tools.exporting.checking import largest_deviation
-from tools.exporting.job import ExportError, Format, Job, load_job
+from tools.exporting.job import ExportError, Format, Job, load_and_describe
 from tools.exporting.writing import all_outputs, drafts, where_to_write
 from trainers.state import CheckpointError
 
@@ -56,7 +57,7 @@ def main(
         if target is None or to is None:
             raise RecipeError(f"name a run folder or weights, and --to one of {', '.join(FORMATS)}")
         print(export(target, to, output, with_normalisation=with_normalisation, force=force))
-    except (RecipeError, CheckpointError, ExportError, OSError) as error:
+    except (RecipeError, CheckpointError, ExportError, SafetensorError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -75,7 +76,7 @@ def export(
         ExportError: the format cannot hold this encoder, or what was written did not give its features.
     """
     form = _find_format(to, with_normalisation)
-    module, about = load_job(target)
+    module, about = load_and_describe(target)
     if reason := form.refusal(about["arch"], about["stem"] == "small"):
         raise ExportError(f"{target}: {reason}")
     output = where_to_write(target, output, to, form.SUFFIX)

@@ -9,48 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnxruntime
 import pytest
 import torch
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from typer.testing import CliRunner, Result
 
+from tests.tools.small_encoders import MEAN, STD, call, lived_in, metadata_of, save
 from tools import export
-from tools.exporting import to_onnx, to_pt2, to_torchscript, to_torchvision
-from tools.exporting.job import load_job
-from trainers.dropout import add_dropout, dropout_rate
-from trainers.encoders import EncoderConfig, build_encoder
+from tools.exporting import to_onnx, to_pt2, to_torchscript
+from tools.exporting.job import load_and_describe
+from trainers.dropout import dropout_rate
 from trainers.engine import Ranks
 from trainers.features import load_encoder, weights_hash
 from trainers.state import RunState, save_checkpoint
 
-MEAN, STD = [0.3, 0.4, 0.5], [0.2, 0.25, 0.3]
 GRAPHS = ["torchscript", "pt2", "onnx"]
-
-
-def lived_in(arch: str, stem: str, size: int, dropout: float = 0) -> nn.Module:
-    """An encoder whose BatchNorm does something: statistics and affine parameters away from 0 and 1."""
-    torch.manual_seed(0)
-    encoder = build_encoder(EncoderConfig(arch=arch, stem=stem), size)
-    for module in encoder.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-            module.running_mean.normal_(std=0.2)
-            module.running_var.uniform_(0.5, 1.5)
-            module.num_batches_tracked.fill_(7)
-    if dropout:
-        add_dropout(encoder, dropout)
-    return encoder.eval()
-
-
-def save(encoder: nn.Module, path: Path, arch: str, stem: str, size: int, **more: Any) -> Path:
-    about = {"arch": arch, "stem": stem, "image_size": size, "mean": MEAN, "std": STD, **more}
-    save_file(encoder.state_dict(), path, metadata={"twinstream": json.dumps(about)})
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +42,6 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[nn.Mod
         encoder = lived_in(arch, stem, size)
         found[name] = encoder, save(encoder, folder / f"{name}.safetensors", arch, stem, size)
     return found
-
-
-def call(*arguments: Any) -> Result:
-    return CliRunner().invoke(export.app, [str(argument) for argument in arguments])
 
 
 def exported(*arguments: Any) -> str:
@@ -93,24 +64,6 @@ def run(code: str, images: Tensor) -> Tensor:
     exec(code, names)
     with torch.no_grad():
         return torch.from_numpy(names["features"]) if "features" in names else names["model"](images)
-
-
-def metadata_of(path: Path) -> dict[str, Any]:
-    """Read by each library's own means."""
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["twinstream"])
-    if path.suffix == ".onnx":
-        return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["twinstream"])
-    extra = {"twinstream": ""}
-    if path.suffix == ".pt2":
-        torch.export.load(path, extra_files=extra)
-    else:
-        torch.jit.load(path, _extra_files=extra)
-    return json.loads(extra["twinstream"])
-
-
-# ---- the same features ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -246,7 +199,7 @@ def test_timm_takes_the_weights_for_another_number_of_classes(
 
 
 def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path, encoders: dict[str, tuple[nn.Module, Path]]) -> None:
-    module, about = load_job(encoders["tiny"][1])
+    module, about = load_and_describe(encoders["tiny"][1])
     before = {name: value.clone() for name, value in module.state_dict().items()}
     for form, name in ((to_torchscript, "a.pt"), (to_pt2, "a.pt2")):
         job = export.Job(module, about, tmp_path / name)
@@ -255,125 +208,6 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path, encoders: dict[s
     assert not module.training
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
-
-# ---- nothing half written, nothing lost -----------------------------------------------------------------
-
-
-def test_a_file_that_differs_is_not_kept(
-    tmp_path: Path, encoders: dict[str, tuple[nn.Module, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weights = encoders["small"][1]
-    output = tmp_path / "a.safetensors"
-    output.write_text("older")
-
-    def spoil(job: export.Job, path: Path) -> None:
-        tensors = dict(job.module.state_dict())
-        tensors["layer4.1.bn2.bias"] = tensors["layer4.1.bn2.bias"] + 1e-2
-        save_file(tensors, path)
-
-    monkeypatch.setattr(to_torchvision, "write", spoil)
-    done = call(weights, "--to", "torchvision", "--output", output, "--force")
-    assert done.exit_code == 2
-    assert re.search(r"error: the file's features are off by \S+ of the largest; at most 0.0001", done.stderr)
-    assert output.read_text() == "older"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
-
-    def forget(job: export.Job, path: Path) -> None:
-        save_file({name: value for name, value in job.module.state_dict().items() if name != "bn1.bias"}, path)
-
-    monkeypatch.setattr(to_torchvision, "write", forget)
-    done = call(weights, "--to", "torchvision", "--output", output, "--force")
-    assert done.exit_code == 2
-    assert "bn1.bias" in done.stderr
-    assert output.read_text() == "older"
-
-
-def test_an_interrupted_export_leaves_nothing(
-    tmp_path: Path, encoders: dict[str, tuple[nn.Module, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(job: export.Job, path: Path) -> None:
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(to_torchscript, "write", interrupted)
-    done = call(encoders["tiny"][1], "--to", "torchscript", "--output", tmp_path / "a.pt")
-    assert done.exit_code == 130
-    assert "nothing was written" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_older_files_are_overwritten_only_by_force(tmp_path: Path, encoders: dict[str, tuple[nn.Module, Path]]) -> None:
-    weights, output = encoders["tiny"][1], tmp_path / "a.pt"
-    output.write_text("older")
-    done = call(weights, "--to", "torchscript", "--output", output)
-    assert (done.exit_code, output.read_text()) == (2, "older")
-    assert done.stderr == f"error: {output} is there already; choose another --output, or overwrite it with --force\n"
-    assert call(weights, "--to", "torchscript", "--output", output, "--force").exit_code == 0
-    assert metadata_of(output)["arch"] == "resnet8x4"
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_weights_are_not_exported(tmp_path: Path, value: float) -> None:
-    encoder = lived_in("resnet8x4", "auto", 8)
-    encoder.layer3[0].bn2.bias.data[0] = value
-    weights = save(encoder, tmp_path / "w.safetensors", "resnet8x4", "auto", 8)
-    done = call(weights, "--to", "torchscript")
-    assert done.exit_code == 2
-    assert "not finite" in done.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["w.safetensors"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "name a run folder or weights, and --to one of torchvision"),
-        (["tiny"], "--to one of torchvision"),
-        (["tiny", "--to", "tensorflow"], "--to tensorflow is not known; choose torchvision, timm"),
-        (["nowhere", "--to", "onnx"], "nowhere is neither a run folder nor"),
-        ([".", "--to", "onnx"], "no recipe.yaml"),
-        (["tiny", "--to", "torchvision"], "torchvision has no resnet8x4; --to torchscript, pt2 or onnx takes it"),
-        (["tiny", "--to", "timm"], "timm has no resnet8x4"),
-        (["tiny", "--to", "detectron2"], "detectron2 has no resnet8x4"),
-        (["small", "--to", "detectron2"], "detectron2's ResNets have the ImageNet stem only"),
-        (["tiny", "--to", "timm", "--with-normalisation"], "is for torchscript, pt2, onnx; --to timm holds weights"),
-        (["tiny", "--to", "onnx", "--output", "a.pt"], "--output a.pt: expected a name that ends in .onnx"),
-        (["tiny", "--to", "onnx", "--output", "no/a.onnx"], "no is not a folder that can be written to"),
-        (["tiny", "--to", "torchscript", "--output", "folder.pt", "--force"], "folder.pt is there already"),
-        (["small", "--to", "torchvision", "--output", "small", "--force"], "these are the weights to export"),
-        (["bare.safetensors", "--to", "onnx"], "no 'twinstream' metadata"),
-        (["broken.safetensors", "--to", "onnx"], "broken.safetensors cannot be read"),
-    ],
-)
-def test_mistakes_end_in_one_readable_line(
-    tmp_path: Path,
-    encoders: dict[str, tuple[nn.Module, Path]],
-    monkeypatch: pytest.MonkeyPatch,
-    arguments: list[str],
-    expected: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder.pt").mkdir()
-    save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
-    (tmp_path / "broken.safetensors").write_bytes(b"\x10")
-    paths = {name: str(weights) for name, (_, weights) in encoders.items()}
-    done = call(*(paths.get(argument, argument) for argument in arguments))
-    assert done.exit_code == 2, done.output
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    assert expected in done.stderr
-
-
-def test_an_absent_library_is_named_with_its_extra(
-    encoders: dict[str, tuple[nn.Module, Path]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = export.importlib.util.find_spec
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name))
-    done = call(encoders["tiny"][1], "--to", "onnx")
-    assert done.exit_code == 2
-    assert done.stderr == "error: --to onnx needs onnxscript: pip install 'twinstream[export]'\n"
-
-
-# ---- the guide ------------------------------------------------------------------------------------------
 
 GUIDE = Path(__file__).parents[2] / "docs" / "evaluation" / "export.md"
 

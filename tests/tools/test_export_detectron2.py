@@ -1,4 +1,4 @@
-"""`python -m tools.export --to detectron2`: names against detectron2's structure, values by a network of these names."""
+"""`python -m tools.export --to detectron2`: names against detectron2's structure, values by a network that has them."""
 
 from __future__ import annotations
 

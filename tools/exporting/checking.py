@@ -33,14 +33,14 @@ def largest_deviation(job: Job, features_of: Callable[[Tensor], Tensor]) -> floa
             expected = job.module(images)
         scale = expected.abs().max().item()
         if not 0 < scale < float("inf"):
-            raise ExportError("the encoder's features of random images are all zero or not finite; was it trained?")
+            raise ExportError(f"{job.output} was not written: the encoder's features are all zero or not finite")
         found = features_of(images)
         if found.shape != expected.shape:
-            raise ExportError(f"the file gives features {list(found.shape)}, the encoder {list(expected.shape)}")
+            shapes = f"{list(found.shape)}, the encoder's are {list(expected.shape)}"
+            raise ExportError(f"{job.output} was not written: its features would be {shapes}")
         deviation = (found - expected).abs().max().item() / scale
         if not deviation <= LIMIT:  # NaN is above any limit
-            raise ExportError(
-                f"the file's features are off by {deviation:.2g} of the largest; at most {LIMIT:g} is let by"
-            )
+            off = f"off by {deviation:.2g} of the largest, and {LIMIT:g} is the limit"
+            raise ExportError(f"{job.output} was not written: its features would be {off}")
         worst = max(worst, deviation)
     return worst

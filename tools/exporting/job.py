@@ -97,7 +97,7 @@ class Normalised(nn.Module):
         return cast(Tensor, self.encoder((images - self.mean) / self.std))
 
 
-def load_job(target: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_and_describe(target: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The encoder of a run or of weights, in eval mode, and what an exported file says of it.
 
     Raises:

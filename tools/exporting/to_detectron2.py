@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -110,8 +111,8 @@ def checked_by() -> str:
 
 def how_to_load(job: Job, path: str) -> str:
     if beside(job.arch):
-        stem = path.removesuffix(SUFFIX)
-        return f"python {stem}-train.py --config-file {stem}-voc.yaml --num-gpus 8"
+        script, config = (shlex.quote(path.removesuffix(SUFFIX) + ending) for ending in ("-train.py", "-voc.yaml"))
+        return f"python {script} --config-file {config} --num-gpus 8"
     mean, std = _pixels(job)
     return (
         f"cfg.merge_from_list(['MODEL.WEIGHTS', {path!r}, 'MODEL.RESNETS.DEPTH', {DEPTHS[job.arch]},"

@@ -48,7 +48,7 @@ def drafts(paths: Sequence[Path]) -> Iterator[list[Path]]:
     with tempfile.TemporaryDirectory(prefix=".export-", dir=paths[0].parent) as folder:
         written = [Path(folder) / path.name for path in paths]
         yield written
-        for draft, path in zip(written, paths, strict=True):
+        for draft, path in reversed(list(zip(written, paths, strict=True))):  # the first says that all are there
             draft.chmod(0o666 & ~_umask())  # safetensors makes its files private
             draft.replace(path)
 
