@@ -271,13 +271,15 @@ def test_what_was_written_is_said(written: tuple[nn.Module, Path, str]) -> None:
     others = {path.name for path in folder.iterdir()} - {"resnet50.safetensors"}
     assert others == {"r50.pkl", "r50-voc.yaml", "r50-coco.yaml", "r50-train.py"}
     assert all(name in said for name in others)
-    again = CliRunner().invoke(export.app, [str(folder / "resnet50.safetensors"), "--to", "detectron2"])
-    assert again.exit_code == 0
-    (folder / "resnet50-detectron2.pkl").unlink()
-    done = CliRunner().invoke(export.app, [str(folder / "resnet50.safetensors"), "--to", "detectron2"])
+
+
+def test_no_file_beside_it_is_overwritten(written: tuple[nn.Module, Path, str], tmp_path: Path) -> None:
+    (tmp_path / "a-voc.yaml").write_text("mine")
+    weights, output = str(written[1] / "resnet50.safetensors"), str(tmp_path / "a.pkl")
+    done = CliRunner().invoke(export.app, [weights, "--to", "detectron2", "--output", output])
     assert done.exit_code == 2
-    assert "resnet50-detectron2-voc.yaml is there already" in done.stderr
-    assert not (folder / "resnet50-detectron2.pkl").exists()
+    assert done.stderr.startswith(f"error: {tmp_path / 'a-voc.yaml'} is there already")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-voc.yaml"]
 
 
 def test_basic_blocks_get_the_pickle_alone(tmp_path: Path) -> None:
