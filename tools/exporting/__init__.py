@@ -1,0 +1,1 @@
+"""The parts of `python -m tools.export`: one file a format, each a ``job.Format``."""
