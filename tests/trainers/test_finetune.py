@@ -24,8 +24,8 @@ from trainers.encoders import EncoderConfig
 from trainers.features import FrozenEncoder
 from trainers.finetune import (
     Classifier,
-    Fit,
     FinetuneConfig,
+    Fit,
     HeldOut,
     build_finetune_optimizer,
     default_batch_size,
@@ -413,6 +413,16 @@ def test_starts_that_cannot_be_are_refused(trained: nn.Module, tmp_path: Path) -
     foreign = replace(frozen(trained, tmp_path), config=None)
     with pytest.raises(DataError, match="set initial=pretrained"):
         protocol.score(job_of(foreign))
+
+
+def test_divergence_everywhere_is_an_error_and_elsewhere_a_loser(trained: nn.Module, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"labels": "3-per-class", "seeds": 1, "epochs": 3, "initial": "pretrained"}
+    with pytest.raises(DataError, match=r"diverged \(pretrained\).*1e\+38"):
+        protocol.score(job_of(frozen(trained, tmp_path), **settings, lr_head=(1e38,)))
+    result = protocol.score(job_of(frozen(trained, tmp_path), **settings, lr_head=(1e38, 0.05)))
+    (run,) = result.details["runs"]
+    assert run["lr_head"] == 0.05
+    assert [fit["diverged"] for fit in run["tried"]] == [True, False]
 
 
 @pytest.mark.gpu

@@ -73,7 +73,6 @@ class Settings(ClassificationSettings, FinetuneConfig):
         )
 
 
-
 def score(job: Job[Settings]) -> Result:
     """Learning rates and epoch by the held-out part. The value is that of the pretrained start, where there is one."""
     settings, encoder, starts = job.settings, job.encoder, _starts(job)
