@@ -38,7 +38,7 @@ from trainers.scores import accuracy
 
 Rates = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
 Start = Literal["pretrained", "scratch"]
-RATES = {"sgd": (0.05, 0.05), "adam": (5e-4, 5e-3), "lars": (3.0, 3.0)}  # body, head
+RATES = {"sgd": (0.05, 0.05), "adam": (5e-4, 5e-3), "lars": (3.0, 0.05)}  # body, head
 
 
 class Settings(ClassificationSettings, FinetuneConfig):
@@ -172,11 +172,19 @@ def _run(
         )
     model.load_state_dict(best.state)
     logits = predict(model, _as_trained(test, job), job.encoder.image_size, job.device, job.data)
-    used = {"lr_body": chosen[0], "lr_head": chosen[1], "epoch": float(best.epoch)}
     held_out = None if best.held_out is None else best.held_out.top1
-    more = {**used, "held_out_top1": held_out, "seed": draw.seed, "tried": tried, "history": best.history}
-    found_on_test = accuracy(logits, test.labels.to(job.device))
-    return Run(len(draw.images), {} if validate is None else used, found_on_test, more)
+    by_holdout = {} if validate is None else {"epoch": float(best.epoch)}
+    if len(tried) > 1:
+        by_holdout = {"lr_body": chosen[0], "lr_head": chosen[1], **by_holdout}
+    more = {
+        "seed": draw.seed,
+        "lr_body": chosen[0],
+        "lr_head": chosen[1],
+        "held_out_top1": held_out,
+        "tried": tried,
+        "history": best.history,
+    }
+    return Run(len(draw.images), by_holdout, accuracy(logits, test.labels.to(job.device)), more)
 
 
 def _starts(job: Job[Settings]) -> tuple[Start, ...]:
