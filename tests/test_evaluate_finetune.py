@@ -62,7 +62,7 @@ def test_the_table_the_json_line_and_the_record(tmp_path: Path, weights: Path) -
         "360 test",
     ):
         assert words in record["description"]
-    for words in ("pretrained, mean", "scratch, mean", "kept in"):
+    for words in ("pretrained", "scratch", "mean", " ± ", "kept in"):
         assert words in done.stdout
     assert "s left" in done.stderr
     assert "s left" not in done.stdout

@@ -364,8 +364,8 @@ def test_the_pretrained_start_wins_and_the_encoder_stays(
     assert result.scores["scratch_top1"] is not None
     assert result.value > result.scores["scratch_top1"] + 20
     assert result.scores["gain_over_scratch"] == pytest.approx(result.value - result.scores["scratch_top1"])
-    starts = [row["start"] for row in result.table]
-    assert starts == ["pretrained"] * 2 + ["pretrained, mean"] + ["scratch"] * 2 + ["scratch, mean"]
+    rows = [(row["start"], row["labels"]) for row in result.table]
+    assert rows == [(start, label) for start in ("pretrained", "scratch") for label in ("30", "30", "mean")]
     for runs in (result.details["runs"], result.details["scratch"]["runs"]):
         assert [run["labels"] for run in runs] == [30, 30]
         assert [run["seed"] for run in runs] == [0, 1]

@@ -250,7 +250,7 @@ def _joined(results: dict[Start, Result]) -> Result:
     for start, part in results.items():
         table += [{"start": start, **row} for row in part.table]
         if (error := part.scores["standard_error"]) is not None:
-            mean = {"start": f"{start}, mean", "test top-1 (%)": f"{part.value:.2f} ± {error:.2f}"}
+            mean = {"start": start, "labels": "mean", "test top-1 (%)": f"{part.value:.2f} ± {error:.2f}"}
             table.append({column: mean.get(column, "") for column in table[-1]})
     result.table = table
     result.facts["initial"] = first
