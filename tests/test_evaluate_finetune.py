@@ -70,7 +70,8 @@ def test_the_table_the_json_line_and_the_record(tmp_path: Path, weights: Path) -
     written = json.loads(kept.read_text())
     assert [run["labels"] for run in written["runs"]] == [20, 20]
     assert [len(run["history"]) for run in written["scratch"]["runs"]] == [1, 1]
-    assert (kept.parent / written["pictures"]["confusion"]).read_bytes().startswith(b"\x89PNG")
+    for picture in ("confusion", "curves"):
+        assert (kept.parent / written["pictures"][picture]).read_bytes().startswith(b"\x89PNG")
     assert all(torch.equal(value, before[name]) for name, value in load_file(weights).items())
 
 

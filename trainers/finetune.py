@@ -22,6 +22,7 @@ from pipelines.plain_views import plain_batches
 from pipelines.sources import Source
 from trainers.encoders import feature_width
 from trainers.optim import LARS, ScheduleConfig, build_schedule, parameter_groups
+from trainers.scores import as_png
 
 EVALUATION_BATCH = 256
 
@@ -223,3 +224,25 @@ def held_out_score(
         return HeldOut(top1, F.cross_entropy(logits, labels).item())
 
     return score
+
+
+def curves_picture(histories: dict[str, list[list[dict[str, float]]]], title: str) -> bytes:
+    """A PNG of training loss and held-out accuracy by epoch: for each start, the history of each of its runs."""
+    from matplotlib.figure import Figure
+
+    panels = {"loss": "training loss"}
+    if any("held_out_top1" in row for runs in histories.values() for history in runs for row in history):
+        panels["held_out_top1"] = "held-out top-1 (%)"
+    figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+    for axes, (key, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for number, (start, runs) in enumerate(histories.items()):
+            for label, history in zip([start, *[None] * len(runs)], runs, strict=False):
+                epochs = [row["epoch"] for row in history]
+                style = {"color": f"C{number}", "alpha": 0.7, "marker": "." if len(epochs) < 30 else ""}
+                axes.plot(epochs, [row[key] for row in history], label=label, **style)
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.locator_params("x", integer=True)
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    figure.suptitle(title)
+    return as_png(figure)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -27,6 +27,7 @@ from trainers.finetune import (
     FinetuneConfig,
     Fit,
     HeldOut,
+    curves_picture,
     default_batch_size,
     default_epochs,
     fit,
@@ -95,7 +96,10 @@ def score(job: Job[Settings]) -> Result:
             for start in starts:
                 runs[start].append(_run(job, start, draw, views, validate, test, progress))
     description = _describe(job, draws[0], holdout, test)
-    return _joined({start: classification_result(job, runs[start], test, description) for start in starts})
+    result = _joined({start: classification_result(job, runs[start], test, description) for start in starts})
+    histories: dict[str, list[Any]] = {start: [run.more["history"] for run in runs[start]] for start in starts}
+    result.pictures["curves"] = curves_picture(histories, f"{encoder.label}, {settings.labels} labels")
+    return result
 
 
 @dataclass(frozen=True, slots=True)
