@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.stored.images import DataError
+from pipelines.stored.images import DataError, FileImages
 
 if TYPE_CHECKING:
     from pipelines.sources import Source
@@ -99,12 +101,16 @@ def save_subset(path: Path, source: Source, positions: Tensor, *, budget: str, s
 
 
 def load_subset(path: Path, source: Source) -> Tensor:
-    """Positions in `source` of a saved subset: int64 [n], in the file's order.
+    """Positions in `source` of a subset kept in a file: int64 [n], in the file's order.
+
+    `.json` is what `save_subset` wrote; `.txt` names one image a line (`listed_subset`).
 
     Raises:
         DataError: the file is missing or malformed, was drawn from another source or split, names images that
             this source does not hold, or names images or labels that have changed since.
     """
+    if path.suffix == ".txt":
+        return listed_subset(path, source)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         name, split, content = record["source"], record["split"], record["content"]
@@ -134,6 +140,55 @@ def load_subset(path: Path, source: Source) -> Tensor:
             "positions are not those it was drawn from; draw the subset again"
         )
     return positions
+
+
+def listed_subset(path: Path, source: Source) -> Tensor:
+    """Positions in `source` of the images that a text file names, one a line: int64 [n], in the file's order.
+
+    As the 1 % and 10 % of ImageNet are published (SimCLR, arXiv:2002.05709: `n01440764_10026.JPEG`). A name with
+    a slash is a path below the training folder.
+
+    Raises:
+        DataError: the file cannot be read, names nothing, an image twice, or one that is not there or is there
+            several times; or the source does not consist of files with names.
+    """
+    images = source.images
+    if not isinstance(images, FileImages):
+        raise DataError(
+            f"label list {path} names files, and {source.name} does not keep its images in files of their own; "
+            "use the original files, or an index file (.json)"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the label list {path}: {error}; expected one image name a line") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise DataError(f"label list {path} is empty; expected one image name a line")
+
+    places: dict[str, list[int]] = {}
+    for place, stored in enumerate(images.names.tolist()):
+        below = os.fsdecode(stored)
+        for known in {below, os.path.basename(below)}:
+            places.setdefault(known, []).append(place)
+    where = f"{source.name}/{source.split} ({len(source):,} images below {images.root})"
+    if absent := [name for name in names if name not in places]:
+        raise DataError(f"label list {path} names {len(absent):,} images that are not in {where}: {_first(absent)}")
+    if unclear := [name for name in names if len(places[name]) > 1]:
+        raise DataError(
+            f"label list {path}: {len(unclear):,} names are those of several images in {where}: {_first(unclear)}; "
+            "write them as class/name"
+        )
+    positions = [places[name][0] for name in names]
+    times = Counter(positions)
+    if twice := [name for name, place in zip(names, positions, strict=True) if times[place] > 1]:
+        raise DataError(f"label list {path} names images more than once: {_first(twice)}")
+    return torch.tensor(positions, dtype=torch.int64)
+
+
+def _first(names: Iterable[str]) -> str:
+    shown = list(dict.fromkeys(names))
+    return ", ".join(shown[:5]) + (", ..." if len(shown) > 5 else "")
 
 
 def _content(chosen: Source) -> str:

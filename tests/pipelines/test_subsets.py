@@ -173,3 +173,62 @@ def test_a_file_added_to_a_folder_invalidates_its_subsets(tmp_path: Path) -> Non
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "images" / "a" / "00.png")
     with pytest.raises(DataError, match="draw the subset again"):
         load_subset(tmp_path / "s.json", open_source(config, "train"))
+
+
+# Lists of image names.
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Source:
+    """Two ImageNet-like classes of ten images, and a name that both have."""
+    for wnid in ("n01440764", "n01443537"):
+        for name in (*(f"{wnid}_{index}.JPEG" for index in range(10)), "shared.JPEG"):
+            path = tmp_path / "images" / "train" / wnid / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(path)
+    return open_source(DataConfig(source="folder", root=tmp_path / "images", holdout=0.0), "train")
+
+
+def test_a_list_of_names_is_found_in_the_tree(tree: Source, tmp_path: Path) -> None:
+    listed = tmp_path / "1percent.txt"
+    listed.write_text("n01443537_7.JPEG\r\nn01440764_3.JPEG\r\n\r\n n01440764/shared.JPEG \r\n")
+    positions = load_subset(listed, tree)
+    assert positions.dtype == torch.int64
+    found = [bytes(tree.images.names[i]).decode() for i in positions]  # type: ignore[attr-defined]
+    assert found == ["n01443537/n01443537_7.JPEG", "n01440764/n01440764_3.JPEG", "n01440764/shared.JPEG"]
+    assert tree.labels[positions].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+        (
+            "n01440764_3.JPEG\nn01440764_99.JPEG\nn9_1.JPEG",
+            r"2 images that are not in .*: n01440764_99.JPEG, n9_1.JPEG$",
+        ),
+        ("n01440764_3", "1 images that are not in"),
+        ("n01440764_3.JPEG\nn01440764_3.JPEG", "more than once: n01440764_3.JPEG$"),
+        ("n01440764_3.JPEG\nn01440764/n01440764_3.JPEG", "more than once"),
+        ("shared.JPEG", "write them as class/name"),
+        ("\n".join(f"{i}.JPEG" for i in range(7)), r"names 7 images .*4\.JPEG, \.\.\.$"),
+    ],
+)
+def test_a_list_that_does_not_fit_is_refused(tree: Source, tmp_path: Path, text: str, expected: str) -> None:
+    listed = tmp_path / "list.txt"
+    listed.write_text(text)
+    with pytest.raises(DataError, match=expected):
+        load_subset(listed, tree)
+
+
+def test_lists_that_cannot_be_read_or_used_are_refused(tree: Source, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot read the label list"):
+        load_subset(tmp_path / "absent.txt", tree)
+    listed = tmp_path / "list.txt"
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match="cannot read the label list"):
+        load_subset(listed, tree)
+    listed.write_text("0.png")
+    with pytest.raises(DataError, match="digits does not keep its images in files"):
+        load_subset(listed, open_source(DataConfig(), "train"))

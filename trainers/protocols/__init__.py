@@ -43,7 +43,7 @@ class ProtocolSettings(Section):
 
 
 class ClassificationSettings(ProtocolSettings):
-    labels: str = "all"  # or 10%, 1%, 10-per-class, or an index file
+    labels: str = "all"  # or 10%, 1%, 10-per-class, an index file (.json), or a list of image names (.txt)
     seeds: int = Field(3, ge=1)  # label subsets to average over; one is enough where all labels are used
 
 
@@ -69,15 +69,24 @@ class Job(Generic[S]):
     def splits(self) -> tuple[Source, Source | None, Source]:
         """train, holdout (if there is one) and test, of one class an image, opened before any feature is computed.
 
+        With a list of image names as labels, train is all training images, so that it has every image of a published
+        list, and holdout has none that the list names.
+
         Raises:
-            DataError: images have several labels.
+            DataError: images have several labels, or the list does not fit.
         """
-        train = open_source(self.data, "train")
+        listed = None
+        if isinstance(self.settings, ClassificationSettings) and self.settings.labels.endswith(".txt"):
+            listed = Path(self.settings.labels)
+        train = open_source(self.data if listed is None else self.data.model_copy(update={"holdout": 0.0}), "train")
         if train.multi_label:
             raise DataError(
                 f"{train.name} has several labels an image; this protocol needs exactly one (voc07 does not)"
             )
         holdout = open_source(self.data, "holdout") if describe(self.data).counts["holdout"] else None
+        if listed is not None and holdout is not None:
+            free = ~torch.isin(holdout.ids, train.ids[load_subset(listed, train)])
+            holdout = holdout.select(free.nonzero()[:, 0]) if free.any() else None
         return train, holdout, open_source(self.data, "test")
 
     def stored_features(
@@ -94,7 +103,7 @@ class Job(Generic[S]):
 def labelled(job: Job[C], train: Source) -> list[Tensor]:
     """Positions of the images whose labels may be used, once for each seed, kept as index files."""
     budget = job.settings.labels
-    if budget.endswith(".json"):
+    if budget.endswith((".json", ".txt")):
         return [load_subset(Path(budget), train)]
     chosen = [label_subset(train, budget, seed) for seed in range(1 if budget == "all" else job.settings.seeds)]
     if budget != "all" and job.is_main:
