@@ -157,7 +157,7 @@ def fit(
     history: list[dict[str, float]] = []
     for epoch in range(epochs):
         row: dict[str, float] = {"epoch": epoch + 1}
-        row["loss"] = _train_epoch(model, views, optimizer, epoch, factor, low=_low_precision(config, views.device))
+        row["loss"] = _train_epoch(model, views, optimizer, epoch, factor, low=low_precision(config, views.device))
         held_out = None if validate is None else validate(model)
         if held_out is not None:
             row |= {"held_out_top1": held_out.top1, "held_out_loss": held_out.loss}
@@ -198,7 +198,8 @@ def _train_epoch(
     return total.item() / views.images
 
 
-def _low_precision(config: FinetuneConfig, device: torch.device) -> bool:
+def low_precision(config: FinetuneConfig, device: torch.device) -> bool:
+    """Whether the forward pass of training is in bfloat16."""
     return config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
 
 

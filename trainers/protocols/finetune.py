@@ -32,6 +32,7 @@ from trainers.finetune import (
     default_epochs,
     fit,
     held_out_score,
+    low_precision,
     predict,
 )
 from trainers.protocols import ClassificationSettings, Job, Result, Run, classification_result, labelled
@@ -236,14 +237,16 @@ def _describe(job: Job[Settings], draw: _Draw, held: Source | None, test: Source
     chosen = "the last epoch's weights, nothing being held out"
     if held is not None:
         several = "learning rates and epoch" if len(settings.rates()) > 1 else "epoch"
-        patience = f", {settings.patience} without improvement ending a fit" if settings.patience else ""
+        patience = f", {settings.patience} epochs without improvement ending a fit" if settings.patience else ""
         chosen = f"{several} chosen by the held-out part ({len(held):,} labelled images){patience}"
+    precision = "bfloat16" if low_precision(settings, job.device) else "float32"
+    baseline = "; scratch: the same from random weights" if len(_starts(job)) > 1 else ""
     return (
         f"all weights and a linear classifier trained on {len(draw.images):,} labelled images of"
         f" {draw.images.name}/train for {draw.epochs} epochs of {draw.steps} steps, {optimizer}, {settings.schedule}"
-        f" learning rate of {rates}, weight decay {settings.weight_decay:g}, random resized crops"
+        f" learning rate of {rates}, weight decay {settings.weight_decay:g}, {precision}, random resized crops"
         f" ({view.crop_scale[0]:g} to {view.crop_scale[1]:g} of the area), mirrored with probability {view.flip:g};"
-        f" {chosen}; scratch: the same from random weights; all {len(test):,} test images, a central view each"
+        f" {chosen}{baseline}; all {len(test):,} test images, a central view each"
     )
 
 
