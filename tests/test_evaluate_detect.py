@@ -11,8 +11,9 @@ from tests.test_evaluate import evaluate, last_line
 from tests.trainers.drawn_objects import write_coco, write_voc
 from trainers.detection import models
 from trainers.encoders import EncoderConfig, build_encoder
+from trainers.protocols import detect
 
-pytest.importorskip("pycocotools")
+pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'twinstream[detect]')")
 SIDE = 96
 FAST = ["model=fpn", "workers=0", f"sides=[{SIDE}]", f"test_side={SIDE}", "regions=32", "test_regions=40", "warmup=10"]
 
@@ -45,8 +46,8 @@ def test_objects_are_found_after_a_short_training(tmp_path: Path, trees: Path, w
     arguments = [f"root={trees / 'voc'}", "train=[VOC2007/trainval]", "batch_size=4", "lr=0.02", *FAST]
     untrained = last_line(evaluate(tmp_path, "detect", str(weights), *arguments, "iterations=1"))
     trained = last_line(evaluate(tmp_path, "detect", str(weights), *arguments, "iterations=60"))
-    assert untrained["ap50"] < 5
-    assert trained["ap50"] > 40
+    assert trained["ap50"] > max(70, untrained["ap50"] + 50)  # 97 and 7 when this was written
+    assert trained["ap50"] >= trained["ap"]
 
 
 def test_coco_and_what_is_said_of_it(tmp_path: Path, trees: Path, weights: Path) -> None:
@@ -103,3 +104,12 @@ def test_pixels_and_a_loss_that_runs_away_are_refused(tmp_path: Path, trees: Pat
     done = evaluate(tmp_path, "detect", str(weights), *arguments, "lr=1e12", "warmup=0", "iterations=3")
     assert done.exit_code == 2, done.output
     assert "lower lr" in done.stderr
+
+
+def test_without_its_extra_it_says_what_to_install(
+    tmp_path: Path, trees: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(detect, "find_spec", lambda name: None)
+    done = evaluate(tmp_path, "detect", str(weights), f"root={trees / 'voc'}", *FAST)
+    assert done.exit_code == 2
+    assert "pip install 'twinstream[detect]'" in done.stderr

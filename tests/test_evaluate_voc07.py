@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from pipelines.sources import DataConfig, open_source
 from pipelines.stored.trees import VOC_CLASSES
@@ -167,3 +168,15 @@ def test_a_test_set_of_difficult_objects_only_is_refused(tmp_path: Path, weights
     done = evaluate(tmp_path, "voc07", str(weights), "--data", "voc07", f"data.root={tmp_path / 'voc'}", *FAST)
     assert done.exit_code == 2
     assert "nothing can be scored" in done.stderr
+
+
+def test_a_diverged_encoder_is_refused(tmp_path: Path, tree: Path, weights: Path) -> None:
+    with safe_open(weights, "pt") as file:
+        about = file.metadata()
+    broken = {
+        name: value * float("nan") if name == "conv1.weight" else value for name, value in load_file(weights).items()
+    }
+    save_file(broken, tmp_path / "broken.safetensors", metadata=about)
+    done = evaluate(tmp_path, "voc07", "broken.safetensors", "--data", "voc07", f"data.root={tree}", *FAST)
+    assert done.exit_code == 2
+    assert "not all finite" in done.stderr

@@ -140,6 +140,9 @@ def test_the_trunk_gives_what_the_encoder_gives(arch: str, stem: str) -> None:
     with torch.no_grad():
         maps = list(detector.backbone.body(images).values())
         torch.testing.assert_close(maps[-1].mean((2, 3)), start.module.eval()(images))
+        if arch == "resnet50":  # one region, the whole map
+            c4 = build_detector(start, "c4", 2, SMALL, extra_norm=False).eval()
+            torch.testing.assert_close(c4.roi_heads.box_head(c4.backbone(images)), start.module(images))
 
 
 def test_anchors_follow_the_strides() -> None:
@@ -222,7 +225,7 @@ class Answers(nn.Module):
 def test_average_precision_of_known_answers(trees: Path) -> None:
     """Right boxes give 100; half of each box (overlap 1/2) counts at 0.50 alone: a tenth of AP; what covers an ignored
     object is no mistake; what covers nothing is."""
-    pytest.importorskip("pycocotools")
+    pytest.importorskip("pycocotools", reason="pycocotools is not installed (pip install 'twinstream[detect]')")
     path = read_voc(trees / "voc", ["VOC2007/trainval"]).images[0].image
     boxes = torch.tensor([[0.0, 0, 40, 40], [50, 50, 90, 90]])
     labels, ignored = torch.tensor([1, 1]), torch.tensor([False, False])

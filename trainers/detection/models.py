@@ -53,7 +53,7 @@ def build_detector(
     Anchors grow with the strides: with the ImageNet stem they are the usual 32 to 512 pixels.
 
     Args:
-        train_batchnorm: otherwise BatchNorm keeps the encoder's statistics, scales and shifts.
+        train_batchnorm: otherwise the encoder's BatchNorm keeps its statistics, scales and shifts, and none is added.
         freeze: how many of stem, layer1, layer2, … keep their weights.
         seed: of the weights that the encoder does not bring.
 
@@ -70,27 +70,21 @@ def build_detector(
         raise DataError(f"freeze={freeze} leaves nothing to train of an encoder with a stem and {len(layers)} layers")
     if not train_batchnorm:
         _freeze_batchnorm(trunk)
-    for stage in [*([list(STEM)] if freeze else []), *([name] for name in layers[: max(0, freeze - 1)])]:
-        for name in stage:
-            part = getattr(trunk, name).requires_grad_(False)
-            setattr(trunk, name, _freeze_batchnorm(part))
+    for name in [*(STEM if freeze else ()), *layers[: max(0, freeze - 1)]]:
+        setattr(trunk, name, _freeze_batchnorm(getattr(trunk, name).requires_grad_(False)))
     torch.manual_seed(seed)
-    build = _c4 if model == "c4" else _fpn
-    return build(
-        trunk,
-        layers,
-        classes,
-        nn.BatchNorm2d if train_batchnorm else None,
-        extra_norm,
-        {
-            "min_size": sizes.sides,
-            "max_size": sizes.longest,
-            "image_mean": list(encoder.mean),
-            "image_std": list(encoder.std),
-            "box_batch_size_per_image": sizes.regions,
-            "rpn_post_nms_top_n_test": sizes.test_regions,
-        },
-    )
+    norm = nn.BatchNorm2d if train_batchnorm else None
+    more = {
+        "min_size": sizes.sides,
+        "max_size": sizes.longest,
+        "image_mean": list(encoder.mean),
+        "image_std": list(encoder.std),
+        "box_batch_size_per_image": sizes.regions,
+        "rpn_post_nms_top_n_test": sizes.test_regions,
+    }
+    if model == "c4":
+        return _c4(trunk, layers, classes, norm if extra_norm else None, more)
+    return _fpn(trunk, layers, classes, norm, more)
 
 
 def _c4(
@@ -98,7 +92,6 @@ def _c4(
     layers: list[str],
     classes: int,
     norm: type[nn.BatchNorm2d] | None,
-    extra_norm: bool,
     more: dict[str, object],
 ) -> FasterRCNN:
     backbone = _in_order(trunk, layers[:-1])
@@ -106,8 +99,8 @@ def _c4(
     backbone.out_channels = width  # type: ignore[assignment]
     features = int(trunk.features)  # type: ignore[arg-type]
     head = OrderedDict([("layer4", trunk.get_submodule("layer4"))])
-    if extra_norm:
-        head["norm"] = nn.BatchNorm2d(features) if norm else nn.Identity()
+    if norm is not None:
+        head["norm"] = norm(features)
     head |= {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
     return FasterRCNN(
         backbone,
@@ -126,7 +119,6 @@ def _fpn(
     layers: list[str],
     classes: int,
     norm: type[nn.BatchNorm2d] | None,
-    extra_norm: bool,
     more: dict[str, object],
 ) -> FasterRCNN:
     body = _in_order(trunk, layers)

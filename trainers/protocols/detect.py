@@ -127,10 +127,11 @@ def _result(
 ) -> Result:
     settings = job.settings
     start = "random weights" if settings.initial == "random" else "the encoder's weights"
+    extra_norm = settings.model == "c4" and settings.extra_norm and settings.batchnorm == "trained"
     sides = f"{min(sizes.sides)} to {max(sizes.sides)}" if len(sizes.sides) > 1 else str(sizes.sides[0])
     description = (
         f"torchvision's Faster R-CNN, {settings.model}, from {start}; BatchNorm {settings.batchnorm}"
-        + (", one more after layer4" if settings.model == "c4" and settings.extra_norm else "")
+        + (", one more after layer4" if extra_norm else "")
         + (f", the first {settings.freeze} stages frozen" if settings.freeze else ", all layers trained")
         + f"; {len(train.images)} images of {' + '.join(train_parts)} without what is marked difficult or a crowd;"
         f" {schedule.iterations} iterations of {schedule.batch_size} images, SGD, lr {schedule.lr:g} after"
