@@ -114,7 +114,7 @@ def _prepare(
     base, arch, size = _data_section(data)
     if not base and encoder is not None and encoder.data is not None:
         base = encoder.data.model_dump(exclude_none=True)
-    if not base and not settings.data:
+    if not base and not settings.data and (settings.needs_data or encoder is None):
         raise RecipeError("--data is needed: the name of a data source, or a recipe")
     if encoder is not None and (settings.size is not None or "encoder" in settings.model_fields_set):
         raise RecipeError("size and encoder are for --baseline; a trained encoder knows its own")
@@ -159,7 +159,8 @@ def _validated(model: type[Model], values: dict[str, Any], where: str) -> Model:
 
 def _publish(protocol: str, job: Job[Any], result: Result) -> None:
     """Print the table, keep the record, and end with the JSON line."""
-    table = Table(title=f"{protocol} on {job.data.source}: {job.encoder.label}")
+    data = result.data or job.data.source
+    table = Table(title=f"{protocol} on {data}: {job.encoder.label}")
     for column in result.table[0]:
         table.add_column(column, justify="left" if column == next(iter(result.table[0])) else "right")
     for row in result.table:
@@ -179,7 +180,7 @@ def _publish(protocol: str, job: Job[Any], result: Result) -> None:
         **result.scores,
         **result.facts,
         "encoder": job.encoder.label,
-        "data": job.data.source,
+        "data": data,
         "description": result.description,
     }
     console.print(f"kept in {_keep(protocol, job, result, line)}", style="dim")
@@ -193,7 +194,7 @@ def _keep(protocol: str, job: Job[Any], result: Result, line: dict[str, Any]) ->
     told_apart_by = [job.encoder.identity, job.settings.model_dump_json(), job.data.model_dump_json()]
     digest = hashlib.sha256(json.dumps(told_apart_by).encode()).hexdigest()[:8]
     labels = [Path(result.facts["labels"]).stem.replace("%", "pct")] if "labels" in result.facts else []
-    stem = "-".join([protocol, job.data.source, *labels, digest])
+    stem = "-".join([protocol, line["data"], *labels, digest])
     names = {}
     for name, picture in result.pictures.items():
         names[name] = f"{stem}-{name}.png"

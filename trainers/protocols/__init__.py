@@ -17,7 +17,7 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ from trainers.scores import Accuracy, bootstrap_interval, confusion_picture
 
 class ProtocolSettings(Section):
     """What ``key=value`` can say to every protocol. ``data.*`` and ``encoder.*`` are those of a recipe."""
+
+    needs_data: ClassVar[bool] = True  # False: the protocol's own keys name its images
 
     seed: int = Field(0, ge=0, lt=2**62)  # of a random encoder, and of whatever a protocol draws
     size: int | None = Field(None, ge=1, le=4096)  # pixels, for baselines; a trained encoder knows its own
@@ -129,6 +131,7 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)  # for the record only
     pictures: dict[str, bytes] = field(default_factory=dict)  # PNG files by name, beside the record
     warnings: list[str] = field(default_factory=list)
+    data: str | None = None  # what was scored, where it is not the job's data source
 
 
 def protocol_names() -> list[str]:

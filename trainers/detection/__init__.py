@@ -1,0 +1,1 @@
+"""Object detection from a pretrained encoder: stored boxes, torchvision's Faster R-CNN around the encoder, training."""
