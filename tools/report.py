@@ -4,9 +4,9 @@
     python -m tools.report runs/simclr runs/nnclr --output simclr-nnclr.html
     python -m tools.report runs/imagenet --images 500             # quicker: fewer images are embedded
 
-Curves, evaluations and recipes are read from the run folders. Views, neighbours, similarities and maps are made of the
-run's data and newest checkpoint, never of test; where these are missing the page says so. The exit code is 0, or 2 where
-no page could be written.
+Curves, evaluations and recipes are read from the run folders. Views, neighbours, similarities and maps are made of
+the run's data and newest checkpoint, never of test; where these are missing the page says so. The exit code is 0, or 2
+where no page could be written.
 """
 
 from __future__ import annotations

@@ -45,11 +45,13 @@ class Frame:
         return HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str) -> Html:
+def line_chart(lines: Sequence[Line], *, title: str, x_label: str, from_zero: bool = False) -> Html:
     """Lines over a shared x; a pointer shows their values."""
     short = [_thinned(line) for line in lines]
     x, y = (np.concatenate([getattr(line, axis) for line in short]) for axis in "xy")
-    frame = Frame(_range(x, 0.0), _range(y, 0.06))
+    frame = Frame(_range(x, 0.0), _range(np.append(y, 0.0) if from_zero else y, 0.06))
+    if from_zero and y.min() >= 0:
+        frame = Frame(frame.x, (0.0, frame.y[1]))
     shapes = []
     for line in short:
         pairs = list(zip(line.x, line.y, strict=True))
@@ -64,10 +66,10 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str) -> Html:
     ]
     label = f"{title}: " + "; ".join(f"{line.name} ends at {line.y[-1]:.4g}" for line in short)
     hover = {"x_label": x_label, "x": frame.x, "box": [LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM], "lines": told}
-    return _svg(_axes(frame, x_label, ""), shapes, label=label, data_hover=json.dumps(hover))
+    return _svg(_axes(frame, x_label), shapes, label=label, data_hover=json.dumps(hover))
 
 
-def histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_label: str, bins: int = 50) -> Html:
+def histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_label: str, bins: int = 30) -> Html:
     """Outlines of the shares of several sets of values, in the same bins."""
     everything = np.concatenate([values for _, values in groups])
     edges = np.linspace(*_range(everything, 0.0), bins + 1)
@@ -81,7 +83,7 @@ def histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_label: 
         corners.append(frame.at(edges[-1], 0))
         shapes.append(tag("polygon", points=" ".join(corners), class_=f"area c{number} d{number}"))
     label = f"{title}: " + "; ".join(f"mean of {name} {values.mean():.3f}" for name, values in groups)
-    return _svg(_axes(frame, x_label, "share of pairs", percent=True), shapes, label=label)
+    return _svg(_axes(frame, x_label, percent=True), shapes, label=label)
 
 
 def scatter(points: np.ndarray, groups: Sequence[tuple[str, np.ndarray, int | None]], *, title: str) -> Html:
@@ -128,7 +130,7 @@ def _kind(number: int | None) -> int:
     return 0 if number is None else number // COLOURS % SHAPES
 
 
-def _axes(frame: Frame, x_label: str, y_label: str, *, percent: bool = False) -> list[Html]:
+def _axes(frame: Frame, x_label: str, *, percent: bool = False) -> list[Html]:
     parts = []
     for value in _ticks(frame.y):
         height = f"{frame.top(value):.1f}"
@@ -141,8 +143,6 @@ def _axes(frame: Frame, x_label: str, y_label: str, *, percent: bool = False) ->
         parts.append(tag("text", f"{value:.4g}", x=place, y=HEIGHT - BOTTOM + 17, class_="middle"))
     parts.append(tag("line", x1=LEFT, x2=WIDTH - RIGHT, y1=HEIGHT - BOTTOM, y2=HEIGHT - BOTTOM, class_="axis"))
     parts.append(tag("text", x_label, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, class_="middle"))
-    if y_label:
-        parts.append(tag("text", y_label, x=LEFT + 4, y=TOP + 10))
     return parts
 
 

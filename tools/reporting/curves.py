@@ -9,9 +9,9 @@ from tools.reporting.html import Html, Section, join, note, tag, warning
 from tools.reporting.runs import RunFolder
 
 GUIDE = (
-    "How the runs went, over epochs. Healthy: the loss falls quickly and then slowly, held-out accuracy rises, and "
-    "feature_std and effective rank stay well above their lower ends. Losses compare only between runs of the same "
-    "method, temperature and batch size; accuracies compare between all runs on the same data. Point at a chart for values."
+    "How training went, over epochs. Healthy: the loss falls quickly and then slowly, held-out accuracy rises, and "
+    "feature_std and effective_rank stay far from the bottom of their charts. Losses compare only between runs of the "
+    "same method, temperature and batch size, accuracies between all on the same data. Point at a chart for values."
 )
 
 ACCURACY, COLLAPSE, TRAINING, OWN, SPEED = (
@@ -26,14 +26,13 @@ _TOLD = {
     "train/lr": "Of each step: warm-up, then the schedule.",
     "train/probe_loss": "Cross-entropy of a linear classifier trained beside the encoder. It should fall.",
     "holdout/probe": "Accuracy in % of that classifier on held-out images. It learns along, so it lags behind kNN.",
-    "holdout/feature_std": "0: all images have the same features, the run has collapsed. 1: spread evenly over the sphere.",
-    "holdout/effective_rank": "How many directions the features use. Close to 1, or falling steadily: (dimensional) collapse.",
-    "train/contrastive_accuracy": "Share of views whose most similar candidate is their partner. Rises; 1 early: the task is too easy.",
-    "train/positive_similarity": "Mean cosine of two views of an image, after the projector. Should rise above that of negatives.",
-    "train/negative_similarity": "Mean cosine of views of different images. Near 0 is good; as high as positives is collapse.",
+    "holdout/feature_std": "0: all images have the same features, a collapse. 1: spread evenly over the sphere.",
+    "holdout/effective_rank": "How many directions the features use. Close to 1, or falling on and on: collapse.",
+    "train/contrastive_accuracy": "Share of views that find their partner. Should rise; near 1 early: too easy a task.",
+    "train/positive_similarity": "Mean cosine of two views of an image, after the projector. Should rise.",
+    "train/negative_similarity": "Mean cosine of views of different images. Near 0: good; as high as positives: collapse.",
     "train/queue_filled": "Share of the queue of past projections that is filled; it is used once full.",
-    "train/neighbour_same_class": "Share of attracting neighbours of the image's own class (labels only watched, not used).",
-    "train/winners": "Subnetworks that win at all. A few for all images: collapse of the competition.",
+    "train/neighbour_same_class": "Share of neighbours that are of the image's class. Labels are watched, not used.",
     "train/mine/mutual_information": "MINE's estimate, in nats, of what two views' features tell about each other.",
     "train/embedding_std": "Mean standard deviation of the embedding's dimensions. Near 0 is collapse.",
     "time/images_per_second": "Of training alone, without evaluation and checkpoints.",
@@ -75,7 +74,12 @@ def _chart(runs: Sequence[RunFolder], key: str) -> Html:
     caption = tag(
         "figcaption", tag("h4", _title(key)), tag("p", _explained(key), tag("br"), f"Last: {last}", class_="small")
     )
-    return tag("figure", caption, line_chart(lines, title=key, x_label="epoch"))
+    return tag("figure", caption, line_chart(lines, title=key, x_label="epoch", from_zero=_from_zero(key)))
+
+
+def _from_zero(key: str) -> bool:
+    """Whether a chart must show how far above 0 its values are."""
+    return key in ("train/lr", "time/images_per_second", "time/data_wait") or _group(key) == COLLAPSE
 
 
 def _group(key: str) -> str:

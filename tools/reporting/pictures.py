@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,34 +21,34 @@ from tools.reporting.runs import RunFolder
 from trainers.features import FrozenEncoder, load_encoder
 from trainers.state import CheckpointError
 
-IMAGES_SHOWN, VIEWS_SHOWN, NEIGHBOURS = 8, 8, 6
+IMAGES_SHOWN, WRONG_SHOWN, VIEWS_SHOWN, NEIGHBOURS = 8, 4, 8, 6
 MOST_CLASSES = 24  # with colours and shapes of their own
 _SMALL = 64  # pixels: larger pictures are stored as JPEG
 
 GUIDES = {
     "views": (
         "Drawn views",
-        "What the encoder is shown: each row is an image and the views that this run's own recipe drew of it in its "
-        "first epoch. In good views you would still recognise the object, yet no two are alike. Views that show nothing "
-        "of it, or that hardly differ, teach little.",
+        "What the encoder is shown: each row is an image and the views that this run's own recipe drew of it. In good "
+        "views you would still recognise the object, yet no two are alike. Views that show nothing of it, or that "
+        "hardly differ, teach little.",
     ),
     "neighbours": (
         "Nearest neighbours",
-        "The images whose features are most similar (cosine) to those of the image on the left. ✓ and a solid frame: "
-        "of the same class, ✗ and a dashed frame: not. A good encoder finds the same thing in another pose and colour; a "
-        "poor one finds the same background or brightness.",
+        "The images whose features are most similar to those of the image on the left. ✓ and a solid frame: of the "
+        "same class; ✗ and a dashed frame: of another. A good encoder finds the same thing in another pose and colour; "
+        "a poor one finds the same background or brightness.",
     ),
     "similarities": (
         "Similarities of pairs",
         "Cosine similarity of the encoder's features (before the projector): of two augmented views of the same image "
-        "(positive), and of views of different images (negative). Good: two hills well apart, positives on the right. Bad: "
-        "both on top of each other. Both in one spike at 1 is collapse.",
+        "(positive), and of views of different images (negative). Good: two hills well apart, positives on the right. "
+        "Bad: both on top of each other. Both in one spike at 1 is collapse.",
     ),
     "maps": (
         "Maps of the features",
-        "Each point is an image, its place from the encoder's features alone; colours and shapes are classes, which the "
-        "encoder never saw. Good: classes form islands. Bad: one cloud of mixed colours. Distances between islands and "
-        "their sizes mean nothing, and UMAP and t-SNE each show islands of their own making.",
+        "Each point is an image, placed by its features alone; colour and shape are its class, added afterwards. Good: "
+        "classes form islands. Bad: one cloud of mixed colours. The distances between islands and their sizes mean "
+        "nothing, and UMAP and t-SNE each show some islands of their own making.",
     ),
 }
 
@@ -105,22 +106,38 @@ def _gallery(run: RunFolder, device: torch.device) -> Html:
     source, plan = open_source(run.data, "pretrain"), run.views.resolve()
     size = run.views.size or source.image_size
     positions = samples.spread_places(len(source), IMAGES_SHOWN)
-    views = samples.drawn_views(
-        source, plan, positions, size=size, seed=run.get("seed") or 0, epoch=0, config=run.data, device=device
-    )
+    drawn: list[np.ndarray] = []  # [n, S, S, 3] of each view
+    header = ["image"]
+    for epoch in range(2 if 2 * len(plan) <= VIEWS_SHOWN else 1):
+        where: dict[str, Any] = {
+            "size": size,
+            "seed": run.get("seed") or 0,
+            "epoch": epoch,
+            "config": run.data,
+            "device": device,
+        }
+        views = samples.drawn_views(source, plan, positions, **where)[:VIEWS_SHOWN]
+        drawn += list(samples.to_pixels(views, source))
+        header += [f"epoch {epoch + 1}, view {number + 1}" for number in range(len(views))]
     chosen = source.select(positions)
     plain = samples.plain_images(chosen, size, run.data, device)
-    drawn = samples.to_pixels(views[:VIEWS_SHOWN], source)
     rows = []
     for place, label in enumerate(_label_texts(chosen)):
         first = _figure(plain[place], f"image {place + 1}, {label}", label)
-        others = [_figure(of[place], f"view {number + 1} of image {place + 1}") for number, of in enumerate(drawn)]
-        rows.append([first, *others])
-    header = ["image", *(f"view {number + 1}" for number in range(len(drawn)))]
-    remark = f"{size} × {size} pixels, plan {run.views.plan if run.views.custom is None else 'of the recipe itself'}."
+        rows.append(
+            [
+                first,
+                *(
+                    _figure(of[place], f"{name} of image {place + 1}")
+                    for name, of in zip(header[1:], drawn, strict=True)
+                ),
+            ]
+        )
+    named = f"plan {run.views.plan}" if run.views.custom is None else "a plan of the recipe's own"
+    remark = f"{size} × {size} pixels, {named}."
     if len(plan) > VIEWS_SHOWN:
         remark += f" {VIEWS_SHOWN} of the {len(plan)} views are shown."
-    remark += " On the left the image as evaluation cuts it."
+    remark += " On the left the image as evaluation cuts it, with its class."
     return join([tag("p", remark, class_="small"), tag("div", table(rows, header), class_="sheet")])
 
 
@@ -129,29 +146,36 @@ def _neighbours(
 ) -> Html:
     cosines, places = samples.neighbours(queries, bank, NEIGHBOURS)
     right = samples.same_class(sample.queries.labels, sample.bank.labels[places]) if sample.labelled else None
+
+    def rows_of(shown: Tensor) -> Html:
+        asked, found = sample.queries.select(shown), sample.bank.select(places[shown].flatten())
+        images = [samples.plain_images(source, encoder.image_size, run.data, device) for source in (asked, found)]
+        names, found_names = _label_texts(asked), _label_texts(found)
+        rows = []
+        for row, query in enumerate(shown.tolist()):
+            cells = [_figure(images[0][row], f"image, {names[row]}", names[row])]
+            for column in range(places.shape[1]):
+                at = row * places.shape[1] + column
+                mark = None if right is None else bool(right[query, column])
+                similarity = f"cosine {cosines[query, column]:.2f}"
+                cells.append(_figure(images[1][at], f"neighbour, {found_names[at]}", found_names[at], mark, similarity))
+            rows.append(cells)
+        header = ["image", *(f"{place + 1}." for place in range(places.shape[1]))]
+        return tag("div", table(rows, header), class_="sheet")
+
     remark = f"Images: {len(queries):,} of {sample.told}. Searched: {len(bank):,} other training images."
-    if right is not None:
-        chance = samples.chance_of_same_class(sample.queries.labels, sample.bank.labels)
-        remark += (
-            f" Over all of these images, {100 * right.float().mean():.1f} % of the {places.shape[1]} nearest are of the same"
-            f" class; by chance it would be {100 * chance:.1f} %."
-        )
-    shown = samples.spread_places(len(queries), IMAGES_SHOWN)
-    size = encoder.image_size
-    asked, found = sample.queries.select(shown), sample.bank.select(places[shown].flatten())
-    asked_images, found_images = (samples.plain_images(source, size, run.data, device) for source in (asked, found))
-    names, found_names = _label_texts(asked), _label_texts(found)
-    rows = []
-    for row, query in enumerate(shown.tolist()):
-        cells = [_figure(asked_images[row], f"image {row + 1}, {names[row]}", names[row])]
-        for column in range(places.shape[1]):
-            at = row * places.shape[1] + column
-            mark = None if right is None else bool(right[query, column])
-            caption = f"{found_names[at]} {cosines[query, column]:.2f}"
-            cells.append(_figure(found_images[at], f"neighbour {column + 1}, {caption}", caption, mark))
-        rows.append(cells)
-    header = ["image", *(f"{place + 1}." for place in range(places.shape[1]))]
-    return join([tag("p", remark, class_="small"), tag("div", table(rows, header), class_="sheet")])
+    if right is None:
+        return join([tag("p", remark, class_="small"), rows_of(samples.spread_places(len(queries), IMAGES_SHOWN))])
+    chance = samples.chance_of_same_class(sample.queries.labels, sample.bank.labels)
+    remark += (
+        f" Of the {places.shape[1]} nearest of each, {100 * float(right.float().mean()):.1f} % are of the same class;"
+        f" drawn at random {100 * chance:.1f} % would be."
+    )
+    parts = [tag("p", remark, class_="small"), rows_of(samples.of_many_classes(sample.queries, IMAGES_SHOWN))]
+    wrong = samples.most_wrong(right, WRONG_SHOWN)
+    if len(wrong):
+        parts += [tag("h4", "Where the encoder errs most"), rows_of(wrong)]
+    return join(parts)
 
 
 def _similarities(run: RunFolder, encoder: FrozenEncoder, sample: samples.Sample, device: torch.device) -> Html:
@@ -161,7 +185,7 @@ def _similarities(run: RunFolder, encoder: FrozenEncoder, sample: samples.Sample
     if not (np.isfinite(positives).all() and np.isfinite(negatives).all()):
         return note("Not shown: the features are not finite.")
     groups = [("positive pairs", positives), ("negative pairs", negatives)]
-    chart = histogram(groups, title="cosine similarity", x_label="cosine similarity of features")
+    chart = histogram(groups, title="cosine similarity", x_label="cosine similarity (height: share of the pairs)")
     legend = tag(
         "ul",
         [
@@ -172,9 +196,9 @@ def _similarities(run: RunFolder, encoder: FrozenEncoder, sample: samples.Sample
     )
     order = samples.probability_of_order(positives, negatives)
     remark = (
-        f"A positive pair is more similar than a negative one in {100 * order:.1f} % of all comparisons (100 %: always, 50 %:"
-        f" chance). {len(positives)} images of {sample.told}. Features behind a ReLU are never negative, so that all their "
-        "cosines are above 0: only the distance of the two hills counts."
+        f"A positive pair is more similar than a negative one in {100 * order:.1f} % of all comparisons (50 %: chance)."
+        f" {len(positives)} images of {sample.told}. Features behind a ReLU are never negative, so that all their"
+        " cosines are above 0: only the distance of the two hills counts."
     )
     spike = warning("positive and negative pairs are all alike: collapse.") if negatives.min() > 0.999 else None
     return join([spike, legend, chart, tag("p", remark, class_="small")])
@@ -191,11 +215,12 @@ def _maps(encoder: FrozenEncoder, sample: samples.Sample, features: Tensor) -> H
         parts.append(
             note("UMAP is left out: umap-learn is not installed. ", tag("code", "pip install twinstream[maps]"))
         )
+    charts = []
     for name, places in (("UMAP", umap), ("t-SNE", samples.tsne_map(features))):
         if places is not None:
             chart = scatter(places, groups, title=f"{name} of {len(features)} images, {encoder.label}")
-            parts.append(tag("figure", tag("figcaption", tag("h4", name)), chart))
-    return join(parts)
+            charts.append(tag("figure", tag("figcaption", tag("h4", name)), chart))
+    return join([*parts, tag("div", charts, class_="side")])
 
 
 def class_groups(sample: samples.Sample) -> tuple[list[tuple[str, np.ndarray, int | None]], str]:
@@ -231,8 +256,8 @@ def _label_texts(source: Source) -> list[str]:
     return [source.classes[one] if one >= 0 else "" for one in source.labels.tolist()]
 
 
-def _figure(pixels: np.ndarray, alt: str, caption: str = "", right: bool | None = None) -> Html:
-    """[S, S, 3] uint8 with its caption, and whether it is of the right class."""
+def _figure(pixels: np.ndarray, alt: str, caption: str = "", right: bool | None = None, below: str = "") -> Html:
+    """[S, S, 3] uint8 with its caption, whether it is of the right class, and what else is to be said."""
     buffer = BytesIO()
     small = pixels.shape[0] <= _SMALL
     kind = "png" if small else "jpeg"
@@ -240,7 +265,7 @@ def _figure(pixels: np.ndarray, alt: str, caption: str = "", right: bool | None 
     told = {None: "", True: "; the same class", False: "; another class"}[right]
     shown = picture(buffer.getvalue(), kind, alt.rstrip(", ") + told, class_="pixelated" if small else None)
     mark = None if right is None else tag("span", "✓ " if right else "✗ ", class_="mark")
-    under = tag("figcaption", mark, caption) if caption else None
+    under = tag("figcaption", mark, caption, tag("div", below) if below else None) if caption or below else None
     return tag("figure", shown, under, class_={None: None, True: "right", False: "wrong"}[right])
 
 

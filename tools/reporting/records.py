@@ -34,8 +34,8 @@ def overview(runs: Sequence[RunFolder]) -> Section:
     """The last value of what matters, and all that is wrong."""
     guide = (
         "The last figures of each run. Accuracies here are on held-out training images; those on test are under "
-        f"Evaluations. feature_std below {COLLAPSED_STD} means that the encoder gives all images nearly the same features: "
-        "collapse."
+        f"Evaluations. A feature_std below {COLLAPSED_STD} means that the encoder gives all images nearly the same "
+        "features: the run has collapsed."
     )
     parts = [warning(f"{run.name}: {text}") for run in runs for text in _alarms(run)]
     parts += [note(f"{run.name}: {text}.") for run in runs for text in run.problems]
@@ -97,9 +97,8 @@ def _figures(run: RunFolder) -> dict[str, str]:
     figures = {"state": _state(run), "method": _shown(run.get("method.name")), "data": _shown(run.get("data.source"))}
     if run.last is not None:
         figures["trained"] = f"epoch {run.last[1]:.4g} of {_shown(total)} (step {run.last[0]:,})"
-    for name, key in {"loss, first to last": "train/loss"}.items():
-        if points := run.curves.get(key):
-            figures[name] = f"{points[0].value:.4g} → {points[-1].value:.4g}"
+    if points := run.curves.get("train/loss"):
+        figures["loss, first to last"] = f"{points[0].value:.4g} → {points[-1].value:.4g}"
     for key in run.curves:
         if key.startswith("holdout/knn_k"):
             k, _, temperature = key.removeprefix("holdout/knn_k").partition("_t")
@@ -107,11 +106,12 @@ def _figures(run: RunFolder) -> dict[str, str]:
     for name, key in {
         "held-out linear probe (%)": "holdout/probe",
         "feature_std": "holdout/feature_std",
-        "effective rank": "holdout/effective_rank",
+        "effective_rank": "holdout/effective_rank",
     }.items():
         if points := run.curves.get(key):
             figures[name] = f"{points[-1].value:.4g}"
-    figures["evaluations"] = str(len(run.records))
+    for record in run.records:
+        figures[f"test: {record.title}, {_metric(record)}"] = _value(record)
     return figures
 
 
@@ -126,9 +126,9 @@ def _state(run: RunFolder) -> str:
 def _alarms(run: RunFolder) -> Iterator[str]:
     std, rank = (run.curves.get(f"holdout/{key}") for key in ("feature_std", "effective_rank"))
     if std and std[-1].value < COLLAPSED_STD:
-        yield f"feature_std ended at {std[-1].value:.3g}: all images have nearly the same features, the run has collapsed."
+        yield f"feature_std ended at {std[-1].value:.3g}: all images have nearly the same features, a collapse."
     if rank and rank[-1].value < COLLAPSED_RANK:
-        yield f"effective rank ended at {rank[-1].value:.3g}: the features lie on a line, the run has collapsed."
+        yield f"effective_rank ended at {rank[-1].value:.3g}: the features lie on a line, a collapse."
 
 
 def _side_by_side(runs: Sequence[RunFolder]) -> list[Html]:
@@ -136,7 +136,7 @@ def _side_by_side(runs: Sequence[RunFolder]) -> list[Html]:
     rows = []
     for title in titles:
         found = [[record for record in run.records if record.title == title] for run in runs]
-        metrics = sorted({str(record.values["metric"]) for records in found for record in records})
+        metrics = sorted({_metric(record) for records in found for record in records})
         cells = [[tag("div", _value(record)) for record in records] or "–" for records in found]
         told = {str(record.values.get("description")) for records in found for record in records}
         remark = tag("div", "protocols differ, see below", class_="small") if len(told) > 1 else None
@@ -149,7 +149,7 @@ def _record(run: RunFolder, record: Record) -> Html:
     scored = f", {values['n_test']:,} test images" if isinstance(values.get("n_test"), int) else ""
     parts: list[Html | None] = [
         tag("h4", record.title),
-        tag("p", tag("span", f"{values['metric']} {_value(record)}", class_="value"), scored),
+        tag("p", tag("span", f"{_metric(record)}: {_value(record)}", class_="value"), scored),
         tag("p", f"Protocol: {values.get('description', 'not recorded')}", class_="small"),
         tag("p", f"Encoder: {values['encoder']}", class_="small") if "encoder" in values else None,
     ]
@@ -174,6 +174,11 @@ def _picture(record: Record, name: str, file: str) -> Html:
         return note(f"The picture {name!r} ({file}) is no longer there.")
     shown = tag("figure", picture(data, "png", f"{name}: {record.title}", loading="lazy"))
     return tag("details", tag("summary", f"Picture: {name}"), shown, open="")
+
+
+def _metric(record: Record) -> str:
+    name = str(record.values["metric"])
+    return {"top1": "top-1 accuracy (%)", "top5": "top-5 accuracy (%)"}.get(name, name)
 
 
 def _value(record: Record) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,13 @@ def _views(
 ) -> Tensor:
     """View ``number`` (0 or 1) of each image, [n, 3, S, S]."""
     which, epoch = (number, 0) if len(plan) > 1 else (0, number)
-    where = {"size": encoder.image_size, "seed": seed, "epoch": epoch, "config": config, "device": device}
+    where: dict[str, Any] = {
+        "size": encoder.image_size,
+        "seed": seed,
+        "epoch": epoch,
+        "config": config,
+        "device": device,
+    }
     return drawn_views(source, plan[:2], positions, **where)[which]
 
 
@@ -174,6 +181,22 @@ def same_class(labels: Tensor, others: Tensor) -> Tensor:
     if labels.ndim == 1:
         return (labels[:, None] == others) & (labels[:, None] >= 0)
     return ((labels[:, None] == 1) & (others == 1)).any(2)
+
+
+def of_many_classes(source: Source, count: int) -> Tensor:
+    """Positions of at most ``count`` images: the first of each of as many classes, else evenly spaced."""
+    if source.multi_label:
+        return spread_places(len(source), count)
+    classes = source.labels[source.labels >= 0].unique()
+    chosen = classes[spread_places(len(classes), count)]
+    return torch.stack([(source.labels == one).nonzero()[0, 0] for one in chosen])
+
+
+def most_wrong(right: Tensor, count: int) -> Tensor:
+    """Positions of at most ``count`` rows of ``right`` [M, k] with the fewest true, of those that have a false."""
+    hits = right.sum(1)
+    order = hits.argsort(stable=True)[:count]
+    return order[hits[order] < right.shape[1]]
 
 
 def chance_of_same_class(labels: Tensor, bank: Tensor) -> float:
