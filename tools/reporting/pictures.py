@@ -138,7 +138,7 @@ def _gallery(run: RunFolder, device: torch.device) -> Html:
     if len(plan) > VIEWS_SHOWN:
         remark += f" {VIEWS_SHOWN} of the {len(plan)} views are shown."
     remark += " On the left the image as evaluation cuts it, with its class."
-    return join([tag("p", remark, class_="small"), tag("div", table(rows, header), class_="sheet")])
+    return join([tag("p", remark, class_="small"), _sheet(rows, header)])
 
 
 def _neighbours(
@@ -161,7 +161,7 @@ def _neighbours(
                 cells.append(_figure(images[1][at], f"neighbour, {found_names[at]}", found_names[at], mark, similarity))
             rows.append(cells)
         header = ["image", *(f"{place + 1}." for place in range(places.shape[1]))]
-        return tag("div", table(rows, header), class_="sheet")
+        return _sheet(rows, header)
 
     remark = f"Images: {len(queries):,} of {sample.told}. Searched: {len(bank):,} other training images."
     if right is None:
@@ -246,6 +246,11 @@ def class_groups(sample: samples.Sample) -> tuple[list[tuple[str, np.ndarray, in
     for number, one in enumerate(chosen):
         groups.append((source.classes[one], (labels == one).nonzero()[:, 0].numpy(), number))
     return groups, remark
+
+
+def _sheet(rows: list[list[Html]], header: list[str]) -> Html:
+    """A table of pictures that shrink with the page."""
+    return tag("div", table(rows, header), class_="sheet", style=f"max-width: {6.6 * len(header):.1f}rem")
 
 
 def _label_texts(source: Source) -> list[str]:

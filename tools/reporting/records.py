@@ -88,7 +88,8 @@ def evaluations(runs: Sequence[RunFolder]) -> Section:
         if run.records:
             if len(runs) > 1:
                 parts.append(tag("h3", run.name))
-            parts += [_record(run, record) for record in run.records]
+            shown = [_record(record, pictures_open=len(runs) == 1) for record in run.records]
+            parts.append(tag("div", shown, class_="side"))
     return Section("evaluations", "Evaluations", guide, join(parts))
 
 
@@ -144,7 +145,7 @@ def _side_by_side(runs: Sequence[RunFolder]) -> list[Html]:
     return [tag("h3", "Side by side"), table(rows, ["protocol and metric", *_names(runs)])]
 
 
-def _record(run: RunFolder, record: Record) -> Html:
+def _record(record: Record, *, pictures_open: bool) -> Html:
     values = record.values
     scored = f", {values['n_test']:,} test images" if isinstance(values.get("n_test"), int) else ""
     parts: list[Html | None] = [
@@ -160,11 +161,11 @@ def _record(run: RunFolder, record: Record) -> Html:
         parts.append(table([[_shown(row.get(key)) for key in columns] for row in rows], columns))
     pictures = values.get("pictures")
     for name, file in pictures.items() if isinstance(pictures, dict) else ():
-        parts.append(_picture(record, str(name), str(file)))
+        parts.append(_picture(record, str(name), str(file), pictures_open))
     return tag("article", parts, class_="results")
 
 
-def _picture(record: Record, name: str, file: str) -> Html:
+def _picture(record: Record, name: str, file: str, is_open: bool) -> Html:
     path = record.path.parent / file
     if path.name != file or path.suffix != ".png":
         return note(f"The picture {name!r} is left out: {file!r} is not a PNG file beside the record.")
@@ -173,7 +174,7 @@ def _picture(record: Record, name: str, file: str) -> Html:
     except OSError:
         return note(f"The picture {name!r} ({file}) is no longer there.")
     shown = tag("figure", picture(data, "png", f"{name}: {record.title}", loading="lazy"))
-    return tag("details", tag("summary", f"Picture: {name}"), shown, open="")
+    return tag("details", tag("summary", f"Picture: {name}"), shown, open="" if is_open else None)
 
 
 def _metric(record: Record) -> str:
@@ -220,7 +221,7 @@ def _shown(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.2f}" if 10 <= abs(value) < 1e6 else f"{value:.4g}"
     return str(value)
 
 
