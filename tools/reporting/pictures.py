@@ -157,13 +157,16 @@ def _neighbours(
             for column in range(places.shape[1]):
                 at = row * places.shape[1] + column
                 mark = None if right is None else bool(right[query, column])
-                similarity = f"cosine {cosines[query, column]:.2f}"
+                similarity = f"{cosines[query, column]:.2f}"
                 cells.append(_figure(images[1][at], f"neighbour, {found_names[at]}", found_names[at], mark, similarity))
             rows.append(cells)
         header = ["image", *(f"{place + 1}." for place in range(places.shape[1]))]
         return _sheet(rows, header)
 
-    remark = f"Images: {len(queries):,} of {sample.told}. Searched: {len(bank):,} other training images."
+    remark = (
+        f"Images: {len(queries):,} of {sample.told}. Searched: {len(bank):,} other training images. Below each its"
+        " class and its cosine similarity."
+    )
     if right is None:
         return join([tag("p", remark, class_="small"), rows_of(samples.spread_places(len(queries), IMAGES_SHOWN))])
     chance = samples.chance_of_same_class(sample.queries.labels, sample.bank.labels)
