@@ -69,10 +69,11 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, from_zero: bo
     return _svg(_axes(frame, x_label), shapes, label=label, data_hover=json.dumps(hover))
 
 
-def histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_label: str, bins: int = 30) -> Html:
-    """Outlines of the shares of several sets of values, in the same bins."""
-    everything = np.concatenate([values for _, values in groups])
-    edges = np.linspace(*_range(everything, 0.0), bins + 1)
+def cosine_histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_label: str, bins: int = 30) -> Html:
+    """Outlines of the shares of several sets of cosines, in the same bins, which end at 1."""
+    lowest = min(float(values.min()) for _, values in groups)
+    edges = np.linspace(max(-1.0, min(0.9, np.floor(10 * lowest) / 10)), 1, bins + 1)
+    groups = [(name, values.clip(-1, 1)) for name, values in groups]  # rounding may lead beyond
     shares = [np.histogram(values, edges)[0] / len(values) for _, values in groups]
     frame = Frame((edges[0], edges[-1]), (0.0, 1.06 * max(share.max() for share in shares)))
     shapes = []
@@ -107,11 +108,15 @@ def scatter(points: np.ndarray, groups: Sequence[tuple[str, np.ndarray, int | No
     return tag("svg", frame, dots, names, viewBox=f"0 0 {side} {side}", role="img", aria_label=title, class_="map")
 
 
-def swatch(number: int | None, *, line: bool = False) -> Html:
-    """The mark of a legend: a piece of a line, or a point."""
-    if line and number is not None:
-        drawn = tag("path", d="M1 6H25", class_=f"line c{number % COLOURS} d{number // COLOURS % 3}")
-        return tag("svg", drawn, viewBox="0 0 26 12", class_="swatch wide-swatch", aria_hidden="true")
+def line_swatch(number: int, dashes: int | None = None) -> Html:
+    """The mark of a line in a legend."""
+    look = f"line c{number % COLOURS} d{number // COLOURS % 3 if dashes is None else dashes}"
+    drawn = tag("path", d="M1 6H29", class_=look)
+    return tag("svg", drawn, viewBox="0 0 30 12", class_="swatch wide-swatch", aria_hidden="true")
+
+
+def point_swatch(number: int | None) -> Html:
+    """The mark of a point in a legend."""
     drawn = tag("path", d=f"M6 6{_shape(number)}", class_=_look(number))
     return tag("svg", drawn, viewBox="0 0 12 12", class_="swatch", aria_hidden="true")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tools.reporting.charts import Line, line_chart, swatch
+from tools.reporting.charts import Line, line_chart, line_swatch
 from tools.reporting.html import Html, Section, join, note, tag, warning
 from tools.reporting.runs import RunFolder
 
@@ -63,7 +63,7 @@ def curves(runs: Sequence[RunFolder]) -> Section:
 
 def run_legend(runs: Sequence[RunFolder]) -> Html:
     """Which line is which run's."""
-    return tag("ul", [tag("li", swatch(run.number, line=True), run.name) for run in runs], class_="legend")
+    return tag("ul", [tag("li", line_swatch(run.number), run.name) for run in runs], class_="legend")
 
 
 def _chart(runs: Sequence[RunFolder], key: str) -> Html:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from configs.recipe import RecipeError
 from pipelines.sources import DataError, Source, open_source
 from tools.reporting import samples
-from tools.reporting.charts import COLOURS, SHAPES, histogram, scatter, swatch
+from tools.reporting.charts import COLOURS, SHAPES, cosine_histogram, line_swatch, point_swatch, scatter
 from tools.reporting.html import Html, Section, join, note, picture, table, tag, warning
 from tools.reporting.runs import RunFolder
 from trainers.features import FrozenEncoder, load_encoder
@@ -53,15 +52,8 @@ GUIDES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Looked:
-    """One run's part of each section, by its anchor."""
-
-    parts: dict[str, Html]
-
-
-def look(run: RunFolder, limit: int, device: torch.device, say: Callable[[str], None]) -> Looked:
-    """All pictures of a run; where one cannot be had, why."""
+def look(run: RunFolder, limit: int, device: torch.device, say: Callable[[str], None]) -> dict[str, Html]:
+    """A run's part of each section, by its anchor; where one cannot be had, why."""
     parts: dict[str, Html] = {}
     say(f"{run.name}: views")
     parts["views"] = _or_note(lambda: _gallery(run, device))
@@ -74,21 +66,21 @@ def look(run: RunFolder, limit: int, device: torch.device, say: Callable[[str], 
         )
     except (CheckpointError, DataError, RecipeError) as error:
         missing = note(f"Not shown: {error}.")
-        return Looked(parts | dict.fromkeys(("neighbours", "similarities", "maps"), missing))
+        return parts | dict.fromkeys(("neighbours", "similarities", "maps"), missing)
     parts["neighbours"] = _or_note(lambda: _neighbours(run, encoder, sample, queries, bank, device))
     say(f"{run.name}: similarities")
     parts["similarities"] = _or_note(lambda: _similarities(run, encoder, sample, device))
     say(f"{run.name}: maps")
     parts["maps"] = _or_note(lambda: _maps(encoder, sample, queries))
-    return Looked(parts)
+    return parts
 
 
-def picture_sections(runs: Sequence[RunFolder], looked: Sequence[Looked]) -> list[Section]:
+def picture_sections(runs: Sequence[RunFolder], looked: Sequence[dict[str, Html]]) -> list[Section]:
     """The sections, the runs one after the other in each."""
     sections = []
     for anchor, (title, guide) in GUIDES.items():
         shown = [
-            tag("div", tag("h3", run.name) if len(runs) > 1 else None, one.parts[anchor])
+            tag("div", tag("h3", run.name) if len(runs) > 1 else None, one[anchor])
             for run, one in zip(runs, looked, strict=True)
         ]
         sections.append(Section(anchor, title, guide, tag("div", shown, class_="side")))
@@ -188,11 +180,13 @@ def _similarities(run: RunFolder, encoder: FrozenEncoder, sample: samples.Sample
     if not (np.isfinite(positives).all() and np.isfinite(negatives).all()):
         return note("Not shown: the features are not finite.")
     groups = [("positive pairs", positives), ("negative pairs", negatives)]
-    chart = histogram(groups, title="cosine similarity", x_label="cosine similarity (height: share of the pairs)")
+    chart = cosine_histogram(
+        groups, title="cosine similarity", x_label="cosine similarity (height: share of the pairs)"
+    )
     legend = tag(
         "ul",
         [
-            tag("li", swatch(number, line=True), f"{name}: mean {values.mean():.3f}, {len(values):,} pairs")
+            tag("li", line_swatch(number, number), f"{name}: mean {values.mean():.3f}, {len(values):,} pairs")
             for number, (name, values) in enumerate(groups)
         ],
         class_="legend",
@@ -211,7 +205,7 @@ def _maps(encoder: FrozenEncoder, sample: samples.Sample, features: Tensor) -> H
     if reason := samples.why_no_map(features):
         return note(f"Not shown: {reason}.")
     groups, remark = class_groups(sample)
-    legend = tag("ul", [tag("li", swatch(number), name) for name, _, number in groups], class_="legend")
+    legend = tag("ul", [tag("li", point_swatch(number), name) for name, _, number in groups], class_="legend")
     parts = [tag("p", f"{len(features):,} images of {sample.told}. {remark}", class_="small"), legend]
     umap = samples.umap_map(features)
     if umap is None:

@@ -33,8 +33,8 @@ _HEADLINES = {
 def overview(runs: Sequence[RunFolder]) -> Section:
     """The last value of what matters, and all that is wrong."""
     guide = (
-        "The last figures of each run. Accuracies here are on held-out training images; those on test are under "
-        f"Evaluations. A feature_std below {COLLAPSED_STD} means that the encoder gives all images nearly the same "
+        "The last figures of each run, on held-out training images; rows that begin with test are the results of "
+        f"evaluate.py. A feature_std below {COLLAPSED_STD} means that the encoder gives all images nearly the same "
         "features: the run has collapsed."
     )
     parts = [warning(f"{run.name}: {text}") for run in runs for text in _alarms(run)]

@@ -61,12 +61,17 @@ class RunFolder:
 
     @property
     def data(self) -> DataConfig:
-        """Raises RecipeError where the recipe's section cannot be understood; so does ``views``."""
-        return self._section("data", DataConfig)
+        """Where the run's images are; a report downloads nothing.
+
+        Raises RecipeError where the recipe's section cannot be understood; so does ``views``.
+        """
+        config: DataConfig = self._section("data", DataConfig)
+        return config.model_copy(update={"download": False})
 
     @property
     def views(self) -> ViewsConfig:
-        return self._section("views", ViewsConfig)
+        config: ViewsConfig = self._section("views", ViewsConfig)
+        return config
 
     def _section(self, key: str, model: type[Any]) -> Any:
         values = self.recipe.get(key)

@@ -16,7 +16,7 @@ from kernels import nearest
 from pipelines.choice import streamed_loader
 from pipelines.loading import render
 from pipelines.plain_views import plain_batches
-from pipelines.sources import DataConfig, DataError, Source, describe, open_source
+from pipelines.sources import DataConfig, DataError, Source, Split, open_source
 from pipelines.views import View
 from trainers.features import FrozenEncoder, extract
 
@@ -42,20 +42,27 @@ def choose_sample(config: DataConfig, limit: int) -> Sample:
         DataError: the data is not there, or is too little.
     """
     everything = open_source(config, "pretrain")
-    counts = describe(config).counts
-    if counts["train"] and counts["holdout"]:
-        queries, bank = open_source(config, "holdout"), open_source(config, "train")
+    bank, queries = _opened(config, "train"), _opened(config, "holdout")
+    if bank is not None and queries is not None:
         told = "the held-out part of the training images, which the encoder was not trained on"
         return Sample(spread(queries, limit), spread(bank, limit), told, queries.num_classes > 1)
-    labelled = bool(counts["train"])
-    source = open_source(config, "train") if labelled else everything
+    source = everything if bank is None else bank
     if len(source) < 4:
         raise DataError(f"{source.name} has {len(source)} images; too few to look at")
     places = spread_places(len(source), 2 * limit)
     told = "training images: nothing is held out, so the encoder knows them"
-    if not labelled:
+    if bank is None:
         told = "unlabelled training images: the encoder knows them, and nothing says what is right"
-    return Sample(source.select(places[0::2]), source.select(places[1::2]), told, labelled and source.num_classes > 1)
+    labelled = bank is not None and source.num_classes > 1
+    return Sample(source.select(places[0::2]), source.select(places[1::2]), told, labelled)
+
+
+def _opened(config: DataConfig, split: Split) -> Source | None:
+    """None where a set that is there has no such split: no labels, or nothing held out."""
+    try:
+        return open_source(config, split)
+    except DataError:
+        return None
 
 
 def spread(source: Source, limit: int) -> Source:
