@@ -15,6 +15,7 @@ COLOURS = 8  # --c0 … --c7 of page.css
 SHAPES = 3  # of points: after eight classes the shape changes
 WIDTH, HEIGHT = 460, 250
 LEFT, RIGHT, TOP, BOTTOM = 58, 12, 10, 40
+MOST_NAMES = 12  # on a map, where more would cover the points
 MOST_POINTS = 500  # of a line; what is more is averaged
 
 
@@ -90,7 +91,7 @@ def cosine_histogram(groups: Sequence[tuple[str, np.ndarray]], *, title: str, x_
 def scatter(points: np.ndarray, groups: Sequence[tuple[str, np.ndarray, int | None]], *, title: str) -> Html:
     """Points [N, 2] without axes; ``groups``: name, which points [n], number (colour and shape; None: grey).
 
-    The name of a group stands at the median of its points.
+    Of a few groups the name stands at the median of the points.
     """
     low, high = points.min(0), points.max(0)
     side, rim = 400, 16
@@ -101,9 +102,11 @@ def scatter(points: np.ndarray, groups: Sequence[tuple[str, np.ndarray, int | No
             continue
         drawn = "".join(f"M{a:.1f} {b:.1f}{_shape(number)}" for a, b in places[chosen])
         dots.append(tag("path", tag("title", name), d=drawn, class_=_look(number)))
-        if number is not None:
-            middle = np.median(places[chosen], axis=0)
-            names.append(tag("text", _short(name), x=f"{middle[0]:.1f}", y=f"{middle[1]:.1f}", class_="name"))
+        if number is not None and len(groups) <= MOST_NAMES:
+            across, down = np.median(places[chosen], axis=0)
+            room = min(side / 2, 4.5 * len(_short(name)) + 4)  # half the text's width
+            across = min(max(across, room), side - room)
+            names.append(tag("text", _short(name), x=f"{across:.1f}", y=f"{down:.1f}", class_="name"))
     frame = tag("rect", x=1, y=1, width=side - 2, height=side - 2, class_="frame")
     return tag("svg", frame, dots, names, viewBox=f"0 0 {side} {side}", role="img", aria_label=title, class_="map")
 

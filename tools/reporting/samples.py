@@ -50,9 +50,9 @@ def choose_sample(config: DataConfig, limit: int) -> Sample:
     if len(source) < 4:
         raise DataError(f"{source.name} has {len(source)} images; too few to look at")
     places = spread_places(len(source), 2 * limit)
-    told = "training images: nothing is held out, so the encoder knows them"
+    told = "the training part: nothing is held out, so the encoder knows them"
     if bank is None:
-        told = "unlabelled training images: the encoder knows them, and nothing says what is right"
+        told = "the training part, which has no labels: the encoder knows them, and nothing says what is right"
     labelled = bank is not None and source.num_classes > 1
     return Sample(source.select(places[0::2]), source.select(places[1::2]), told, labelled)
 
