@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export OMP_NUM_THREADS ?= 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -17,7 +18,7 @@ quickstart: $(VENV)/.base
 	@echo "curves: $(BIN)/tensorboard --logdir runs/quickstart/tensorboard   rows: runs/quickstart/metrics.jsonl"
 
 test: $(VENV)/.dev
-	$(if $(wildcard $(VENV)/.without-ffcv),TWINSTREAM_WITHOUT_FFCV=1) $(BIN)/python -m pytest
+	$(if $(wildcard $(VENV)/.without-ffcv),TWINSTREAM_WITHOUT_FFCV=1) $(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -46,6 +46,16 @@ class RunConfig(Section):
     dir: Path | None = None  # None: runs/<recipe's name>-<hash of the resolved recipe>
 
 
+def _keep_chosen_nulls(section: BaseModel, settings: dict[str, Any]) -> None:
+    """Put back each ``None`` that stands against another default: left out, it would come back as that."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            _keep_chosen_nulls(value, settings[name])
+        elif value is None and field.default is not None:
+            settings[name] = None
+
+
 class Recipe(Section):
     """All settings of a run. ``load_recipe`` puts the chosen method's own config type in ``method``."""
 
@@ -65,8 +75,10 @@ class Recipe(Section):
     run: RunConfig = RunConfig()
 
     def resolved(self) -> dict[str, Any]:
-        """All settings as plain data; ``None`` (a default that depends on others) is left out."""
-        return self.model_dump(mode="json", exclude_none=True)
+        """All settings as plain data; ``None`` is left out where it is the default, which depends on others."""
+        settings = self.model_dump(mode="json", exclude_none=True)
+        _keep_chosen_nulls(self, settings)
+        return settings
 
     def hash(self) -> str:
         """Eight hex digits of all that decides what is trained."""

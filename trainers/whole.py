@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import yaml
@@ -90,8 +89,7 @@ def _method_of(recipe: dict[str, Any], run: Path) -> MethodConfig:
         if settings["name"] not in method_names():
             raise ValueError(f"method.name={settings['name']!r} is not known")
         kind: type[MethodConfig] = find_method(settings["name"]).Config
-        optional = {key for key, field in kind.model_fields.items() if NoneType in get_args(field.annotation)}
-        config = kind.model_validate(dict.fromkeys(optional) | settings)  # a recipe leaves out what is None
+        config = kind.model_validate(settings)
     except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
         detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
         raise CheckpointError(f"{run}/recipe.yaml: its method section is damaged: {detail}") from error

@@ -72,6 +72,18 @@ def test_resolved_recipe_loads_to_the_same_recipe(recipe: Path, tmp_path: Path) 
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(first.resolved()))
     assert load_recipe(path).resolved() == first.resolved()
+
+
+def test_a_null_that_was_chosen_is_kept(tmp_path: Path) -> None:
+    """A teacher that brings its own weights has ``pretrained: null``, against a default that names some."""
+    path = tmp_path / "recipe.yaml"
+    method = {"name": "clipdistill", "teacher": "local-dir:somewhere", "pretrained": None}
+    path.write_text(yaml.safe_dump({"method": method, "views": {"plan": "mvmr"}, "data": {"source": "digits"}}))
+    first = load_recipe(path)
+    assert first.resolved()["method"]["pretrained"] is None
+    assert "estimator" not in first.resolved()["method"], "None is the default there"
+    path.write_text(yaml.safe_dump(first.resolved()))
+    assert load_recipe(path).resolved() == first.resolved()
     assert load_recipe(path).hash() == first.hash()
 
 
