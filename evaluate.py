@@ -111,6 +111,8 @@ def _prepare(
     if (target is None) == (baseline is None):
         raise RecipeError("name a run folder or weights to score, or --baseline pixels|random with --data, not both")
     encoder = load_encoder(target) if target is not None else None
+    if baseline == "pixels" and "encoder" in settings.model_fields_set:
+        raise RecipeError("encoder is for --baseline random; raw pixels have none")
     base, arch, size = _data_section(data)
     if not base and encoder is not None and encoder.data is not None:
         base = encoder.data.model_dump(exclude_none=True)
@@ -193,7 +195,7 @@ def _keep(protocol: str, job: Job[Any], result: Result, line: dict[str, Any]) ->
     folder.mkdir(parents=True, exist_ok=True)
     told_apart_by = [job.encoder.identity, job.settings.model_dump_json(), job.data.model_dump_json()]
     digest = hashlib.sha256(json.dumps(told_apart_by).encode()).hexdigest()[:8]
-    labels = [Path(result.facts["labels"]).stem.replace("%", "pct")] if "labels" in result.facts else []
+    labels = [_file_name(result.facts["labels"])] if "labels" in result.facts else []
     stem = "-".join([protocol, line["data"], *labels, digest])
     names = {}
     for name, picture in result.pictures.items():
@@ -208,8 +210,13 @@ def _keep(protocol: str, job: Job[Any], result: Result, line: dict[str, Any]) ->
         with SummaryWriter(str(job.target / "tensorboard"), filename_suffix=f".{stem}") as board:
             for name, value in ({result.metric: result.value} | result.scores).items():
                 if value is not None:
-                    board.add_scalar(f"evaluation/{protocol}/{name}", value, job.encoder.step)
+                    board.add_scalar(f"evaluation/{stem}/{name}", value, job.encoder.step)
     return path
+
+
+def _file_name(labels: str) -> str:
+    """Of a budget such as 10%, or of a list of images."""
+    return Path(labels).stem if labels.endswith((".json", ".txt")) else labels.replace("%", "pct")
 
 
 if __name__ == "__main__":

@@ -228,7 +228,11 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
     """One line for each thing that is wrong: the key, the value, and what was expected or is nearest."""
-    return "\n".join(_explain(e, model) for e in error.errors(include_url=False))
+    found = error.errors(include_url=False)
+    places = [e["loc"] for e in found]
+    # A list whose element is wrong is reported as well, as too short: that says nothing.
+    last = [e for e in found if not any(len(p) > len(e["loc"]) > 0 and p[: len(e["loc"])] == e["loc"] for p in places)]
+    return "\n".join(_explain(e, model) for e in last)
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from evaluate import app
@@ -91,6 +92,8 @@ def test_exported_weights_and_the_comparison(tmp_path: Path, weights: Path) -> N
         (["knn", "--baseline", "pixels", "--data", "digits", "k=[]"], "k=[]"),
         (["knn", "--baseline", "pixels", "--data", "digits", "device=cuda"], "no CUDA device"),
         (["knn", "--baseline", "random", "--data", "digits", "encoder.arch=resnet9"], "did you mean"),
+        (["knn", "--baseline", "pixels", "--data", "digits", "encoder.arch=resnet18"], "raw pixels have none"),
+        (["compare", "--baseline", "random", "--data", "digits"], "compare has both baselines in its table"),
     ],
 )
 def test_mistakes_end_in_one_readable_message(tmp_path: Path, arguments: list[str], expected: str) -> None:
@@ -100,9 +103,10 @@ def test_mistakes_end_in_one_readable_message(tmp_path: Path, arguments: list[st
     assert done.stderr.startswith("error: ")
 
 
-def test_two_processes_find_what_one_does(tmp_path: Path, weights: Path) -> None:
+@pytest.mark.parametrize(("protocol", "settings"), [("knn", ["k=[5, 20]"]), ("compare", ["seeds=2"])])
+def test_two_processes_find_what_one_does(tmp_path: Path, weights: Path, protocol: str, settings: list[str]) -> None:
     """Each extracts its share of the features and classifies its share of the queries."""
-    arguments = ["knn", str(weights), "--data", "digits", "k=[5, 20]"]
+    arguments = [protocol, str(weights), "--data", "digits", *settings]
     alone = last_line(evaluate(tmp_path, *arguments))
     for path in (weights.parent / "evaluations/features").glob("*"):
         path.unlink()
@@ -113,8 +117,20 @@ def test_two_processes_find_what_one_does(tmp_path: Path, weights: Path) -> None
     assert json.loads(done.stdout.splitlines()[-1]) == alone
     assert done.stdout.count('"protocol"') == 1, "one process speaks"
     kept = sorted(path.name for path in (weights.parent / "evaluations/features").iterdir())
-    assert len(kept) == 3
+    assert len(kept) >= 3
     assert all(name.endswith(".safetensors") for name in kept), "the shares are put together and removed"
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "compare", "uncertainty"])
+def test_weights_of_a_run_that_diverged_are_refused(tmp_path: Path, weights: Path, protocol: str) -> None:
+    tensors = load_file(weights)
+    tensors["layer2.0.conv1.weight"][0, 0, 0, 0] = torch.nan
+    tensors["bn1.running_mean"][0] = torch.nan
+    with safe_open(weights, "pt") as file:
+        save_file(tensors, tmp_path / "diverged.safetensors", metadata=file.metadata())
+    done = evaluate(tmp_path, protocol, "diverged.safetensors", "--data", "digits")
+    assert done.exit_code == 2, done.output
+    assert "its features of digits are not all finite; the run diverged" in done.stderr
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: Path) -> None:

@@ -86,7 +86,7 @@ def _where_to_write(output: Path | None, runs: list[Path]) -> Path:
 def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.tmp")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(text, encoding="utf-8", errors="replace")
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

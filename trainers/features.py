@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from trainers.state import CheckpointError, find_checkpoint, load_strict
 
 BATCH_SIZE = 256
 Statistics = tuple[float, float, float]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,13 +115,15 @@ def features_of(
     ).hexdigest()[:16]
     path = encoder.folder / "features" / f"{key}.safetensors"
     cached = _cached(path, len(source))
-    if cached is not None:
+    # The first rank decides for all: another evaluation may put the file there just now.
+    missing, token = _from_first((cached is None, os.getpid()), group)
+    if not missing and cached is not None:
         return cached
     path.parent.mkdir(parents=True, exist_ok=True)
-    if group is None:
+    if missing and group is None:
         _store(path, extract(encoder, source, device, loading, ten_crop=ten_crop))
-    else:
-        _extract_together(path, encoder, source, device, loading, ten_crop, group)
+    elif missing and group is not None:
+        _extract_together(path, encoder, source, device, loading, ten_crop, group, token)
     cached = _cached(path, len(source))
     if cached is None:
         raise CheckpointError(f"{path} is gone, or this process does not see what the others wrote there")
@@ -135,11 +138,12 @@ def _extract_together(
     loading: LoaderConfig | None,
     ten_crop: bool,
     group: dist.ProcessGroup,
+    token: int,
 ) -> None:
     """Each rank writes the features of its share of the images, and the first puts them together."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     bounds = [len(source) * part // world for part in range(world + 1)]
-    parts = [path.with_suffix(f".part{part}-of-{world}") for part in range(world)]
+    parts = [path.with_suffix(f".{token}.part{part}-of-{world}") for part in range(world)]
     share = source.select(torch.arange(bounds[rank], bounds[rank + 1]))
     _store(parts[rank], extract(encoder, share, device, loading, ten_crop=ten_crop))
     dist.barrier(group=group)
@@ -150,6 +154,15 @@ def _extract_together(
         for part in parts:
             part.unlink()
     dist.barrier(group=group)
+
+
+def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
+    """The first rank's value, on every rank."""
+    if group is None:
+        return value
+    held: list[T] = [value]
+    dist.broadcast_object_list(held, src=0, group=group)
+    return held[0]
 
 
 def _store(path: Path, features: Tensor) -> None:
@@ -202,7 +215,8 @@ def frozen(encoder: FrozenEncoder, device: torch.device) -> Iterator[Callable[[T
     module.requires_grad_(False)
     before = {name: buffer.clone() for name, buffer in module.named_buffers()}
     yield lambda images: module(images).float()
-    changed = [name for name, buffer in module.named_buffers() if not torch.equal(buffer, before[name])]
+    same = {name: torch.allclose(b, before[name], rtol=0, atol=0, equal_nan=True) for name, b in module.named_buffers()}
+    changed = [name for name, is_same in same.items() if not is_same]
     assert not changed, f"evaluation changed the frozen encoder: {changed}"
 
 

@@ -18,6 +18,7 @@ from pipelines.sources import DataConfig, Source
 from pipelines.views import View
 from trainers.features import FrozenEncoder, frozen
 from trainers.head_grid import HeadGrid
+from trainers.linear import mean_and_scale
 
 FeatureChoice = Literal["pooled", "standardised", "stages"]
 CROP_AND_FLIP = View(crop="random_resized", flip=0.5)
@@ -55,10 +56,7 @@ class Choices:
     def __init__(self, names: tuple[str, ...], rows: Tensor, pooled_width: int) -> None:
         """rows [N, e + d] of the training images without augmentation: where "standardised" takes mean and std."""
         self.names, self.pooled_width = names, pooled_width
-        pooled = rows[:, -pooled_width:]
-        self.mean = pooled.mean(0)
-        scale = pooled.std(0, unbiased=False)
-        self.scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
+        self.mean, self.scale = mean_and_scale(rows[:, -pooled_width:])
 
     def __call__(self, rows: Tensor) -> dict[str, Tensor]:
         """rows [B, e + d] -> [B, width] by name."""
@@ -71,7 +69,7 @@ def cached_batches(
     rows: Tensor, labels: Tensor, batch_size: int, epoch: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """All rows [N, d] with their labels, shuffled by (seed, epoch); the last batch may be smaller."""
-    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    generator = torch.Generator().manual_seed((1_000_003 * seed + epoch) % 2**63)
     for chosen in torch.randperm(len(rows), generator=generator).to(rows.device).split(batch_size):
         yield rows[chosen], labels[chosen]
 

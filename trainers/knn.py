@@ -59,8 +59,8 @@ def knn_rankings(
             part = slice(first, first + step)
             votes = _votes(cosine[part], labels[part], classes, settings)
             rows = slice(share.start + first, share.start + first + len(cosine[part]))
-            for row, vote in enumerate(votes.values()):
-                found[row, rows] = vote.topk(count, dim=1).indices
+            for row, setting in enumerate(settings):
+                found[row, rows] = votes[setting].topk(count, dim=1).indices
     if group is not None:
         dist.all_reduce(found, group=group)
     return dict(zip(settings, found, strict=True))

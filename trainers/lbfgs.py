@@ -22,7 +22,7 @@ def minimise(
     *,
     tolerance: float | None = None,
     max_iterations: int = 300,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Minimise G convex problems; those that are done are evaluated no more.
 
     Args:
@@ -30,17 +30,17 @@ def minimise(
         start: [G, …], where to begin.
         curvature: broadcastable to ``start``, about the diagonal of each Hessian, above 0: the metric of the first
             step and of what the history does not know (Nocedal & Wright, 2006, section 7.2).
-        tolerance: a problem is done once its gradient g promises less than this, gᵀ diag(curvature)⁻¹ g / 2, of 1 +
+        tolerance: a problem is done once its gradient g promises less than this, gᵀ diag(curvature)⁻¹ g / 2, of 0.01 +
             its objective; None: 1e-6, or 1e-13 in float64.
         max_iterations: of each problem.
 
     Returns:
-        [G, …], the best points found.
+        The best points found [G, …]; and which problems are done, [G] bool.
     """
     precise = start.dtype == torch.float64
     tolerance = tolerance if tolerance is not None else 1e-13 if precise else 1e-6
     noise = 1e-14 if precise else 1e-7  # of the objective, relative: a decrease below that cannot be seen
-    result = start.clone()
+    result, done = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
     which = torch.arange(len(start), device=start.device)
     weights = start.clone()
     inverse = (1 / curvature).expand_as(start)
@@ -48,11 +48,12 @@ def minimise(
     history: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=HISTORY)  # steps, changes of gradient, 1/their product
     for _ in range(max_iterations):
         promise = _dot(gradient, inverse * gradient) / 2
-        active = promise > tolerance * (1 + losses.abs())
+        active = ~(promise <= tolerance * (0.01 + losses.abs()))  # so that NaN is never done
         if not active.all():
             result[which] = weights
+            done[which] = ~active
             if not active.any():
-                return result
+                return result, done
             which, weights, gradient, inverse, losses = (x[active] for x in (which, weights, gradient, inverse, losses))
             history = deque((tuple(x[active] for x in past) for past in history), maxlen=HISTORY)  # type: ignore[misc]
         direction = _direction(gradient, inverse, history)
@@ -83,7 +84,7 @@ def minimise(
         weights, losses = torch.where(stuck, weights, new_weights), torch.where(searching, losses, new_losses)
         gradient = torch.where(stuck, 0, new_gradient)
     result[which] = weights
-    return result
+    return result, done
 
 
 def _direction(gradient: Tensor, inverse: Tensor, history: deque[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

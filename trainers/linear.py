@@ -18,6 +18,7 @@ from trainers.lbfgs import minimise
 
 L2_GRID = tuple(10.0 ** (step / 2) for step in range(-12, 3))  # 1e-6 to 10
 LOGITS_AT_A_TIME = 2**24  # of all strengths and classes: 64 MB
+_ROWS = 4096  # in float64 at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class LinearFit:
     mean: Tensor  # [d]
     scale: Tensor  # [d]
     l2: float
+    converged: bool = True
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear((features - self.mean) / self.scale, self.weight, self.bias)
@@ -54,23 +56,23 @@ def fit_logistic(
     """
     if not l2 or min(l2) <= 0:
         raise ValueError(f"l2={list(l2)}: expected strengths above 0")
-    mean, scale = _standard(features) if standardise else (features.new_zeros(()), features.new_ones(()))
+    mean, scale = mean_and_scale(features) if standardise else (features.new_zeros(()), features.new_ones(()))
     centre = features.mean(0) if not standardise else mean
-    rows, variances, basis = _round((features - centre) / scale)
+    rows, variances, basis = _round((features - centre).div_(scale))
     strengths = features.new_tensor(l2)
     problem = _Problem(rows, labels, classes, strengths)
     # The last column is the bias; ½ bounds the eigenvalues of the softmax's Hessian.
     curvature = 0.5 * torch.cat([variances, variances.new_ones(1)]) + F.pad(
         strengths[:, None].expand(-1, len(variances)), (0, 1)
     )
-    found = minimise(problem, rows.new_zeros(len(l2), classes, rows.shape[1]), curvature[:, None, :])
+    found, done = minimise(problem, rows.new_zeros(len(l2), classes, rows.shape[1]), curvature[:, None, :])
     fits = []
-    for strength, solution in zip(l2, found, strict=True):
+    for strength, solution, converged in zip(l2, found, done.tolist(), strict=True):
         weight = solution[:, :-1] @ basis.T
         bias = solution[:, -1]
         if not standardise:
             bias = bias - weight @ centre
-        fits.append(LinearFit(weight, bias, mean, scale, strength))
+        fits.append(LinearFit(weight, bias, mean, scale, strength, converged))
     return fits
 
 
@@ -124,7 +126,8 @@ class _Problem:
         return losses, gradient.view_as(weights) + penalised
 
 
-def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
+def mean_and_scale(features: Tensor) -> tuple[Tensor, Tensor]:
+    """[d] each, of features [N, d]; the scale is the standard deviation, and 1 where hardly anything varies."""
     mean = features.mean(0)
     scale = features.std(0, unbiased=False)
     return mean, torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
@@ -132,19 +135,18 @@ def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
 
 def _round(centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Centred features [N, d] in the basis of their covariance: rows [N, r + 1] with a last column of ones, the
-    variances [r] and the basis [d, r]. Directions in which nothing varies are left out: their weights are 0."""
+    variances [r] and the basis [d, r]. Directions in which nothing varies are left out: their weights are 0.
+
+    The decomposition is in float64: the spectra of features decay, and what is last in them can tell classes apart.
+    """
     count, width = centred.shape
-    if count < width:
-        variances, left = torch.linalg.eigh(centred @ centred.T / count)
-        kept = variances > _negligible(variances)
-        variances = variances[kept]
-        basis = centred.T @ left[:, kept] / (variances * count).sqrt()
-    else:
-        variances, basis = torch.linalg.eigh(centred.T @ centred / count)
-        kept = variances > _negligible(variances)
-        variances, basis = variances[kept], basis[:, kept].contiguous()
-    return F.pad(centred @ basis, (0, 1), value=1.0), variances, basis
-
-
-def _negligible(variances: Tensor) -> Tensor:
-    return variances.amax().clamp_min(0) * len(variances) * torch.finfo(variances.dtype).eps
+    few = count < width
+    moments = centred.new_zeros(min(count, width), min(count, width), dtype=torch.float64)
+    for part in centred.split(_ROWS, dim=1) if few else centred.split(_ROWS):
+        exact = part.double()
+        moments += (exact @ exact.T if few else exact.T @ exact) / count
+    variances, vectors = torch.linalg.eigh(moments)
+    kept = variances > variances[-1].clamp_min(0) * len(variances) * torch.finfo(torch.float64).eps
+    variances, vectors = variances[kept], vectors[:, kept]
+    basis = (centred.double().T @ vectors / (variances * count).sqrt() if few else vectors).to(centred.dtype)
+    return F.pad(centred @ basis, (0, 1), value=1.0), variances.to(centred.dtype), basis.contiguous()

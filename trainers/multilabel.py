@@ -125,7 +125,9 @@ def fit_logistic_heads(inputs: Tensor, targets: Tensor, l2: Tensor, max_iteratio
 
     with torch.enable_grad():
         optimizer.step(objective)
-    return LinearScores(weight.detach(), bias.detach())
+    objective()
+    slope = max(float(part.grad.abs().max()) for part in (weight, bias) if part.grad is not None)
+    return LinearScores(weight.detach(), bias.detach(), converged=slope < 1e-3)
 
 
 def folds(targets: Tensor, count: int, seed: int) -> list[Tensor]:

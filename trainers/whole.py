@@ -76,7 +76,7 @@ def _recipe(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
     try:
         recipe = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise CheckpointError(f"{path} is damaged: it holds no mapping of keys to values")

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainers.linear import mean_and_scale
+
 L2_GRID = tuple(10.0**exponent for exponent in torch.linspace(-6, 2, 17).tolist())
 _ROWS = 4096  # in float64 at a time
 
@@ -48,9 +50,7 @@ def search_ridge(
         wanted: [N, D].
         holdout, holdout_wanted: rows that were not fitted, of which the cosine is taken.
     """
-    mean, count = features.double().mean(0), len(features)
-    scale = features.double().std(0, unbiased=False)
-    scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
+    (mean, scale), count = mean_and_scale(features.double()), len(features)
     bias = wanted.double().mean(0)
     moments = features.new_zeros(len(mean), len(mean), dtype=torch.float64)
     products = features.new_zeros(len(mean), wanted.shape[1], dtype=torch.float64)

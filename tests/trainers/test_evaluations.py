@@ -121,6 +121,25 @@ def test_constant_features_and_shuffled_labels_give_chance(digits) -> None:
     assert top_accuracy(search.best.logits(x[1200:]), shuffled[1200:]) < 16
 
 
+def test_what_tells_classes_apart_may_lie_at_the_end_of_the_spectrum() -> None:
+    """Classes differ in directions whose standard deviation is 3e-3 of the others', as float32 features have them."""
+    generator = torch.Generator().manual_seed(0)
+    count, width = 1500, 256
+    labels = torch.randint(4, (count + 1000,), generator=generator)
+    rows = torch.randn(len(labels), width, generator=generator)
+    rows[:, width // 2 :] += 3 * torch.randn(4, width // 2, generator=generator)[labels]
+    rows[:, width // 2 :] *= 1e-3
+    rotation, _ = torch.linalg.qr(torch.randn(width, width, generator=generator))
+    features = rows @ rotation
+    train, test = slice(count), slice(count, None)
+    (fit,) = fit_logistic(features[train], labels[train], 4, [1e-6])
+    (exact,) = fit_logistic(features[train].double(), labels[train], 4, [1e-6])
+    assert fit.converged
+    expected = top_accuracy(exact.logits(features[test].double()), labels[test])
+    assert expected > 80
+    assert top_accuracy(fit.logits(features[test]), labels[test]) > expected - 3
+
+
 def test_top_accuracy_against_a_count() -> None:
     scores = torch.tensor([[0.1, 0.9, 0.0], [0.5, 0.2, 0.3], [0.2, 0.3, 0.5]])
     labels = torch.tensor([1, 2, 0])

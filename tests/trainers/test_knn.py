@@ -52,6 +52,12 @@ def test_rankings_are_the_votes_in_order_and_scikit_learns_answer(monkeypatch: p
     assert found[7, 0.07][:, 0].tolist() == expected.tolist()
 
 
+def test_settings_named_twice_change_nothing() -> None:
+    queries, bank, labels = data()
+    twice = knn_rankings(queries, bank, labels, classes=7, settings=[GRID[0], *GRID], device=CPU)
+    assert all(torch.equal(twice[setting], found) for setting, found in rankings().items())
+
+
 def test_three_ranks_answer_as_one() -> None:
     alone = rankings()
     for together in run_ranks(3, rankings):

@@ -29,7 +29,8 @@ def test_quadratics_end_at_their_minima(dtype: torch.dtype, limit: float, known:
         return 0.5 * (away * slopes).sum(1).double(), slopes
 
     diagonal = matrices.diagonal(dim1=1, dim2=2) if known else torch.ones_like(minima)
-    found = minimise(objective, torch.zeros_like(minima), diagonal, max_iterations=500)
+    found, done = minimise(objective, torch.zeros_like(minima), diagonal, max_iterations=500)
+    assert done.all()
     away = (found - minima).double()
     excess = 0.5 * (away * (matrices.double() @ away[..., None]).squeeze(-1)).sum(1)
     assert excess.max() < limit
@@ -42,7 +43,9 @@ def test_a_start_at_the_minimum_stays() -> None:
         return points.square().sum(1).double(), 2 * points
 
     start = torch.zeros(3, 2)
-    assert torch.equal(minimise(objective, start, torch.ones(3, 2)), start)
+    found, done = minimise(objective, start, torch.ones(3, 2))
+    assert torch.equal(found, start)
+    assert done.all()
 
 
 def test_curved_problems_whose_steps_must_be_shortened() -> None:
@@ -54,5 +57,9 @@ def test_curved_problems_whose_steps_must_be_shortened() -> None:
         values = torch.logaddexp(scaled, -scaled)
         return values.sum(1), slopes[which, None] * scaled.tanh()
 
-    found = minimise(objective, torch.zeros(3, 1).double(), torch.full((3, 1), 0.01).double())
+    curvature = torch.full((3, 1), 0.01).double()
+    _, done = minimise(objective, torch.zeros(3, 1).double(), curvature, max_iterations=2)
+    assert not done.all(), "two steps are too few, and it says so"
+    found, done = minimise(objective, torch.zeros(3, 1).double(), curvature)
+    assert done.all()
     torch.testing.assert_close(found[:, 0], minima, rtol=0, atol=1e-5)

@@ -103,7 +103,7 @@ def _gallery(run: RunFolder, device: torch.device) -> Html:
     for epoch in range(2 if 2 * len(plan) <= VIEWS_SHOWN else 1):
         where: dict[str, Any] = {
             "size": size,
-            "seed": run.get("seed") or 0,
+            "seed": run.seed,
             "epoch": epoch,
             "config": run.data,
             "device": device,
@@ -175,7 +175,7 @@ def _neighbours(
 
 def _similarities(run: RunFolder, encoder: FrozenEncoder, sample: samples.Sample, device: torch.device) -> Html:
     plan = run.views.resolve()
-    seed = run.get("seed") or 0
+    seed = run.seed
     positives, negatives = samples.pair_cosines(encoder, sample.queries, plan, run.data, device, seed)
     if not (np.isfinite(positives).all() and np.isfinite(negatives).all()):
         return note("Not shown: the features are not finite.")

@@ -60,6 +60,12 @@ class RunFolder:
         return value
 
     @property
+    def seed(self) -> int:
+        """0 where the recipe has none that can be used."""
+        value = self.get("seed")
+        return value if isinstance(value, int) and 0 <= value < 2**62 else 0
+
+    @property
     def data(self) -> DataConfig:
         """Where the run's images are; a report downloads nothing.
 
@@ -114,7 +120,7 @@ def _read_run(path: Path, name: str, number: int) -> RunFolder:
         for key, value in row.items():
             if key in ("step", "epoch") or not _is_number(value):
                 continue
-            if math.isfinite(value):
+            if _is_finite(value):
                 curves.setdefault(key, []).append(Point(step, epoch, float(value)))
             else:
                 broken.setdefault(key, step)
@@ -125,7 +131,7 @@ def _read_run(path: Path, name: str, number: int) -> RunFolder:
 def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"recipe.yaml cannot be read: {error}")
         return {}
     if not isinstance(recipe, dict):
@@ -179,7 +185,10 @@ def _is_number(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return _is_number(value) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _one_line(error: ValidationError, model: type[BaseModel]) -> str:

@@ -68,7 +68,7 @@ def read_voc(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None =
         listing = root / folder / "ImageSets" / "Main" / f"{name}.txt"
         try:
             stems = listing.read_text(encoding="utf-8").split()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"detect: cannot read {listing}: {error}; parts are named like VOC2007/trainval") from error
         for stem in stems:
             annotation = root / folder / "Annotations" / f"{stem}.xml"
@@ -95,7 +95,7 @@ def _voc_objects(path: Path) -> list[tuple[str, list[float], bool]]:
             )
             difficult = (item.findtext("difficult") or "0").strip() == "1"
             objects.append((name, [left - 1, top - 1, right, bottom], difficult))
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         raise DataError(f"detect: cannot read the annotation {path}: {error}") from error
     return objects
 
@@ -133,6 +133,8 @@ def read_coco(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None 
 def _objects(image: Path, rows: Iterable[tuple[int, list[float], bool]], where: str) -> Objects:
     """From (label, box, ignored)."""
     listed = list(rows)
+    if not image.is_file():  # found out now, not after a night of training
+        raise DataError(f"detect: {where} belongs to the image {image}, which is not there")
     boxes = torch.tensor([box for _, box, _ in listed], dtype=torch.float32).reshape(-1, 4)
     if len(boxes) and not ((boxes[:, 2:] > boxes[:, :2]).all() and boxes.isfinite().all()):
         raise DataError(f"detect: {where} has a box without an area, for the image {image.name}")

@@ -37,7 +37,7 @@ class ProtocolSettings(Section):
 
     needs_data: ClassVar[bool] = True  # False: the protocol's own keys name its images
 
-    seed: int = Field(0, ge=0, lt=2**62)  # of a random encoder, and of whatever a protocol draws
+    seed: int = Field(0, ge=0, lt=2**62)  # of a random encoder and of a protocol's own draws, but not of labels
     size: int | None = Field(None, ge=1, le=4096)  # pixels, for baselines; a trained encoder knows its own
     data: dict[str, Any] = Field(default={})
     encoder: EncoderConfig = EncoderConfig()
@@ -46,7 +46,7 @@ class ProtocolSettings(Section):
 
 class ClassificationSettings(ProtocolSettings):
     labels: str = "all"  # or 10%, 1%, 10-per-class, an index file (.json), or a list of image names (.txt)
-    seeds: int = Field(3, ge=1)  # label subsets to average over; one is enough where all labels are used
+    seeds: int = Field(3, ge=1)  # label subsets to average over, always the same ones; with all labels there is one
 
 
 S = TypeVar("S", bound=ProtocolSettings)
@@ -67,6 +67,15 @@ class Job(Generic[S]):
     @property
     def is_main(self) -> bool:
         return self.group is None or dist.get_rank(self.group) == 0
+
+    def refuse_several_processes(self, protocol: str) -> None:
+        """For protocols that train, which each process would do for itself.
+
+        Raises:
+            DataError: there are several.
+        """
+        if self.group is not None:
+            raise DataError(f"{protocol} runs in one process; start it without torchrun or deepspeed")
 
     def splits(self) -> tuple[Source, Source | None, Source]:
         """train, holdout (if there is one) and test, of one class an image, opened before any feature is computed.
@@ -94,8 +103,16 @@ class Job(Generic[S]):
     def stored_features(
         self, source: Source, *, encoder: FrozenEncoder | None = None, ten_crop: bool = False
     ) -> Tensor:
-        """Features [N, d] of a split on the host, or [crops, N, d]; extracted by all processes together."""
-        return features_of(encoder or self.encoder, source, self.device, self.data, ten_crop=ten_crop, group=self.group)
+        """Features [N, d] of a split on the host, or [crops, N, d]; extracted by all processes together.
+
+        Raises:
+            DataError: some are not finite: the weights are those of a run that diverged.
+        """
+        encoder = encoder or self.encoder
+        found = features_of(encoder, source, self.device, self.data, ten_crop=ten_crop, group=self.group)
+        if not all(part.isfinite().all() for part in found.split(2**16, dim=-2)):
+            raise DataError(f"{encoder.label}: its features of {source.name} are not all finite; the run diverged")
+        return found
 
     def features(self, source: Source) -> tuple[Tensor, Tensor]:
         """Features [N, d] and labels of a split, on the device."""

@@ -3,45 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from pipelines.sources import open_source
+from pipelines.sources import DataError, open_source
 from trainers.encoders import EncoderConfig
 from trainers.features import random_encoder, raw_pixels
-from trainers.protocols import Job, Result, knn, linear
+from trainers.protocols import ClassificationSettings, Job, Result, knn, linear
 
 
-class Settings(knn.Settings, linear.Settings):
+class Settings(ClassificationSettings):
     pass
 
 
 def score(job: Job[Settings]) -> Result:
     """The value is the trained encoder's accuracy with few labels."""
-    few = job.settings.labels if job.settings.labels != "all" else "10-per-class"
-    train, trained = open_source(job.data, "train"), job.encoder
-    untrained = random_encoder(trained.config or EncoderConfig(), train, trained.image_size, job.settings.seed)
+    settings, trained = job.settings, job.encoder
+    if job.target is None:
+        raise DataError("compare has both baselines in its table; name a run folder or weights to compare with them")
+    few = settings.labels if settings.labels != "all" else "10-per-class"
+    train = open_source(job.data, "train")
+    untrained = random_encoder(trained.config or EncoderConfig(), train, trained.image_size, settings.seed)
     rows = {
         "raw pixels": raw_pixels(train, trained.image_size),
         "random encoder": untrained,
         "pretrained encoder": trained,
     }
-    columns: dict[str, tuple[Callable[[Job[Any]], Result], str]] = {
-        "kNN": (knn.score, "all"),
-        "linear": (linear.score, "all"),
-        f"linear, {few.replace('-per-class', ' per class')}": (linear.score, few),
+    given = settings.model_dump(include=settings.model_fields_set - {"labels"})
+    columns: dict[str, tuple[Callable[[Job[Any]], Result], Any]] = {
+        "kNN": (knn.score, knn.Settings(**given)),
+        "linear": (linear.score, linear.Settings(**given)),
+        f"linear, {few.replace('-per-class', ' per class')}": (linear.score, linear.Settings(labels=few, **given)),
     }
     table, found = [], []
     for name, encoder in rows.items():
         cells = {"features": name}
-        for column, (protocol, labels) in columns.items():
-            settings = job.settings.model_copy(update={"labels": labels})
-            result = protocol(Job(encoder, settings, job.data, job.device))
+        for column, (protocol, chosen) in columns.items():
+            result = protocol(replace(job, encoder=encoder, settings=chosen))
             error = result.scores["standard_error"]
             cells[column] = f"{result.value:.1f}" + (f" ± {error:.1f}" if error is not None else "")
-            found.append((name, column, labels, result))
+            found.append((name, column, result))
         table.append(cells)
-    protocols = [f"{column}: {result.description}" for _, column, _, result in found[: len(columns)]]
-    protocols.append(f"±: standard error over {job.settings.seeds} draws of the labelled images")
+    protocols = [f"{column}: {result.description}" for _, column, result in found[: len(columns)]]
+    protocols.append(f"±: standard error over {settings.seeds} draws of the labelled images")
     last = found[-1][-1]
     return Result(
         metric="top1",
@@ -53,8 +57,9 @@ def score(job: Job[Settings]) -> Result:
         facts={"labels": few},
         details={
             "rows": [
-                {"features": name, "column": column, "labels": labels, "value": result.value, **result.scores}
-                for name, column, labels, result in found
+                {"features": name, "column": column, "value": result.value, **result.facts, **result.scores}
+                for name, column, result in found
             ]
         },
+        warnings=[f"{name}, {column}: {text}" for name, column, result in found for text in result.warnings],
     )

@@ -14,6 +14,7 @@ from pipelines.sources import DataError
 from trainers.detection.data import DetectionSet, read_coco, read_voc
 from trainers.detection.models import Sizes, build_detector
 from trainers.detection.training import Precision, Schedule, coco_precision, fine_tune
+from trainers.dropout import add_dropout, dropout_rate
 from trainers.encoders import build_encoder
 from trainers.features import FrozenEncoder
 from trainers.protocols import Job, ProtocolSettings, Result
@@ -69,6 +70,7 @@ class Settings(ProtocolSettings):
 def score(job: Job[Settings]) -> Result:
     """The value is AP over the overlaps 0.50 to 0.95. The schedule is fixed: test is looked at once, at its end."""
     settings = job.settings
+    job.refuse_several_processes("detect")
     if find_spec("pycocotools") is None:
         raise DataError("detect scores with pycocotools, which is not installed: pip install 'twinstream[detect]'")
     usual = USUAL[settings.format]
@@ -78,6 +80,8 @@ def score(job: Job[Settings]) -> Result:
         raise DataError(f"detect: test={test_part} is among the parts to train on")
     train = read(settings.root, train_parts)
     test = read(settings.root, (test_part,), train.classes)
+    if shared := {one.image.resolve() for one in train.images} & {one.image.resolve() for one in test.images}:
+        raise DataError(f"detect: {len(shared)} test images are among those to train on, such as {min(shared)}")
     schedule = _schedule(settings, usual)
     sizes = Sizes(settings.sides or usual.sides, settings.longest, settings.regions, settings.test_regions)
     if settings.longest < max(*sizes.sides, settings.test_side):
@@ -111,7 +115,10 @@ def _start(job: Job[Settings]) -> FrozenEncoder:
     if job.settings.initial == "encoder" or encoder.config is None:
         return encoder
     torch.manual_seed(job.settings.seed)
-    return replace(encoder, module=build_encoder(encoder.config, encoder.image_size))
+    module = build_encoder(encoder.config, encoder.image_size)
+    if encoder.module is not None and (rate := dropout_rate(encoder.module)) > 0:
+        add_dropout(module, rate)  # else it would not be the same network
+    return replace(encoder, module=module)
 
 
 def _result(

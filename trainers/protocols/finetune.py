@@ -77,6 +77,7 @@ class Settings(ClassificationSettings, FinetuneConfig):
 
 def score(job: Job[Settings]) -> Result:
     """Learning rates and epoch by the held-out part. The value is that of the pretrained start, where there is one."""
+    job.refuse_several_processes("finetune")
     settings, encoder, starts = job.settings, job.encoder, _starts(job)
     train, holdout, test = job.splits()
     if holdout is None and (settings.patience or len(settings.rates()) > 1):

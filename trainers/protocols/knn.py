@@ -31,7 +31,7 @@ class Settings(ClassificationSettings):
 def score(job: Job[Settings]) -> Result:
     """k and temperature by the held-out part, or the first of the lists without one."""
     train, holdout, test = job.splits()
-    grid = [(k, t) for k in job.settings.k for t in job.settings.temperature]
+    grid = list(dict.fromkeys((k, t) for k in job.settings.k for t in job.settings.temperature))
     classify, kind = _by_cosine(job, grid, train.num_classes)
     if job.settings.similarity == "bregman":
         classify, kind = _by_divergence(job, grid, train.num_classes)

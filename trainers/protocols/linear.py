@@ -18,7 +18,7 @@ from trainers.head_training import AugmentedRows, Choices, FeatureChoice, cached
 from trainers.linear import L2_GRID, fit_logistic, search_logistic
 from trainers.protocols import ClassificationSettings, Job, Result, Run, classification_result, labelled
 from trainers.scores import accuracy, top_accuracy
-from trainers.state import CheckpointError, find_checkpoint
+from trainers.state import CheckpointError
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -65,6 +65,10 @@ class Settings(ClassificationSettings):
 
     @model_validator(mode="after")
     def _of_one_solver(self) -> Settings:
+        if self.head == "online":
+            others = self.model_fields_set - {"head", "ten_crop", "data", "device", "labels"}
+            if others:
+                raise ValueError(f"{min(others)} is not used with head=online; remove it")
         preset, solver = PRESETS[self.preset]["solver"], self.solver
         if solver is not None and (solver == "lbfgs") != (preset == "lbfgs"):
             other = "lbfgs" if solver == "lbfgs" else "grid"
@@ -97,9 +101,9 @@ def _by_lbfgs(job: Job[Settings], settings: Settings) -> Result:
     subsets = labelled(job, train)
     features, labels = job.features(train)
     test_rows = _test_rows(job, job.encoder, test, settings)
-    runs, at_edge = [], False
+    runs, at_edge, converged = [], False, True
     for chosen in subsets:
-        part = features[chosen], labels[chosen]
+        part = (features, labels) if len(chosen) == len(train) else (features[chosen], labels[chosen])
         if held is None:
             (fit,) = fit_logistic(*part, train.num_classes, strengths, standardise=bool(settings.standardise))
             more: dict[str, Any] = {}
@@ -107,6 +111,7 @@ def _by_lbfgs(job: Job[Settings], settings: Settings) -> Result:
             search = search_logistic(*part, *held, train.num_classes, strengths, standardise=bool(settings.standardise))
             fit, at_edge = search.best, at_edge or search.at_edge
             more = {"holdout_top1": search.holdout_top1[fit.l2], "l2_at_edge_of_grid": search.at_edge}
+        converged &= fit.converged
         logits = torch.stack([fit.logits(rows) for rows in test_rows]).mean(0)
         runs.append(Run(len(chosen), {"L2": fit.l2}, accuracy(logits, test.labels.to(job.device)), more))
     kind = "standardised features" if settings.standardise else "features"
@@ -117,6 +122,8 @@ def _by_lbfgs(job: Job[Settings], settings: Settings) -> Result:
     result = classification_result(job, runs, test, description)
     if at_edge:
         result.warnings.append("the L2 strength chosen is the smallest or largest tried")
+    if not converged:
+        result.warnings.append("L-BFGS stopped before the optimum of the L2 strength chosen")
     return result
 
 
@@ -150,7 +157,8 @@ def _by_heads(job: Job[Settings], settings: Settings) -> Result:
         _fit(job, settings, encoder, part, rows[chosen], together, choices, job.settings.seed + seed)
         best, more = 0, dict[str, Any]()
         if held is not None:
-            scores = [top_accuracy(logits, held[1]) for logits in together.logits(choices(held[0]))]
+            made = choices(held[0])
+            scores = [top_accuracy(together.head_logits(place, made), held[1]) for place in range(len(heads))]
             best = max(range(len(heads)), key=scores.__getitem__)  # ties: the first of the grid
             more |= {"holdout_top1": scores[best], "heads": len(heads)}
         head = heads[best]
@@ -211,9 +219,12 @@ def _fit(
 def _online(job: Job[Settings]) -> Result:
     """The probe that was trained beside the encoder, on what it was trained on."""
     settings = job.settings.settled()
-    checkpoint = find_checkpoint(job.target) if job.target is not None and job.target.is_dir() else None
-    if checkpoint is None:
+    if job.target is None or job.encoder.step is None or job.encoder.data is None:
         raise CheckpointError("head=online scores the probe of a run; name a run folder")
+    own = job.encoder.data
+    if (job.data.source, job.data.folder, job.data.url) != (own.source, own.folder, own.url):
+        raise DataError(f"head=online was fitted on {own.source} in {own.folder}; it can be scored on nothing else")
+    checkpoint = job.target / "checkpoints" / f"step-{job.encoder.step:08d}"
     path = checkpoint / "probe.safetensors"
     if not path.exists():
         raise CheckpointError(f"{checkpoint} holds no online probe: its data has no labels of one class an image")

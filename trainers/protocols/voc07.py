@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipelines.sources import DataError, Source, describe, open_source
+from trainers.linear import mean_and_scale
 from trainers.multilabel import (
     Fit,
     LinearScores,
@@ -53,8 +54,6 @@ def score(job: Job[Settings]) -> Result:
     order = torch.cat([part.ids for part in parts]).argsort().to(job.device)  # whatever was held out, one order
     features, targets = (torch.cat(tensors)[order] for tensors in zip(*gathered, strict=True))
     test_features, test_targets = job.features(test)
-    if not (features.isfinite().all() and test_features.isfinite().all()):
-        raise DataError(f"{job.encoder.label}: its features of {test.name} are not all finite; the run diverged")
     if settings.select == "cv":
         held_out = folds(targets, settings.folds, settings.seed)
         by = f"{settings.folds}-fold cross-validation within them"
@@ -101,8 +100,7 @@ def _splits(job: Job[Settings]) -> tuple[list[Source], Source]:
 
 
 def _standardised(features: Tensor, test_features: Tensor) -> tuple[Tensor, Tensor]:
-    mean, scale = features.mean(0), features.std(0, unbiased=False)
-    scale = torch.where(scale > 1e-6 * scale.max().clamp_min(1e-30), scale, 1.0)
+    mean, scale = mean_and_scale(features)
     return (features - mean) / scale, (test_features - mean) / scale
 
 

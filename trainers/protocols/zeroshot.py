@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipelines.sources import DataError, Source
-from trainers.features import FrozenEncoder, features_of, weights_hash
+from trainers.features import FrozenEncoder, weights_hash
 from trainers.methods import clipdistill
 from trainers.parts.clip_teacher import ClipTeacher
 from trainers.parts.clip_text import ClipText, class_prompts, read_names, read_templates
@@ -71,10 +71,11 @@ def score(job: Job[Settings]) -> Result:
     text = ClipText(named.teacher, named.pretrained).embed(class_prompts(names, templates), job.device)
     prompts = text.unflatten(0, (len(names), len(templates)))
     tower = _tower(job, named)
-    rows = {"teacher": features_of(tower, test, job.device, job.data)}
+    rows = {"teacher": job.stored_features(test, encoder=tower).to(job.device)}
     search = None
     if student is not None and holdout is not None:
-        wanted = [F.normalize(features_of(tower, part, job.device, job.data), dim=1) for part in (train, holdout)]
+        taught = (job.stored_features(part, encoder=tower).to(job.device) for part in (train, holdout))
+        wanted = [F.normalize(part, dim=1) for part in taught]
         search = search_ridge(student(train), wanted[0], student(holdout), wanted[1])
         rows = {"student": search.best(student(test))} | rows
     labels = test.labels.to(job.device)
