@@ -100,7 +100,7 @@ def _passes(
     probabilities: dict[str, Tensor] = {}
     expected: dict[str, Tensor] = {}
     mean = squares = torch.zeros((), dtype=torch.float64, device=images.device)
-    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):  # manual_seed seeds all of them
         torch.manual_seed(seed)
         for number in range(1, passes + 1):
             features = encoder(images).float()
