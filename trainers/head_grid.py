@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from trainers.linear import NOTHING
+
 Optimizer = Literal["sgd", "adam"]
 
 
@@ -103,7 +105,7 @@ class _Bank:
         own = labels.expand(len(self.bias), 1, -1)
         picked = logits.gather(1, own)
         largest = logits.amax(1, keepdim=True)
-        share = logits.sub_(largest).exp_()
+        share = logits.sub_(largest).clamp_min_(NOTHING).exp_()
         total = share.sum(1, keepdim=True)
         losses = (total.log() + largest - picked).mean((1, 2))
         share.div_(total * len(rows)).scatter_add_(1, own, share.new_full(own.shape, -1 / len(rows)))

@@ -18,6 +18,7 @@ from trainers.lbfgs import minimise
 
 L2_GRID = tuple(10.0 ** (step / 2) for step in range(-12, 3))  # 1e-6 to 10
 LOGITS_AT_A_TIME = 2**24  # of all strengths and classes: 64 MB
+NOTHING = -60.0  # a logit so far below the largest has a share of 1e-26; smaller ones would be slow, denormal numbers
 _ROWS = 4096  # in float64 at a time
 
 
@@ -113,12 +114,12 @@ class _Problem:
         gradient = torch.zeros_like(flat)
         count = len(self.rows)
         for rows, labels in zip(self.rows.split(self.at_a_time), self.labels.split(self.at_a_time), strict=True):
-            # [g, C, n]: on a CPU this orientation is the quick one, and the softmax runs along rows of n.
-            logits = (flat @ rows.T).view(*weights.shape[:2], len(rows))
+            # [g, C, n]: the softmax then runs along n. This order of factors is the quick one on a CPU for small g.
+            logits = F.linear(rows, flat).T.contiguous().view(*weights.shape[:2], len(rows))
             own = labels.expand(len(weights), 1, -1)
             picked = logits.gather(1, own)
             largest = logits.amax(1, keepdim=True)
-            share = logits.sub_(largest).exp_()
+            share = logits.sub_(largest).clamp_min_(NOTHING).exp_()
             total = share.sum(1, keepdim=True)
             losses += (total.log() + largest - picked).sum((1, 2), dtype=torch.float64) / count
             share.div_(total * count).scatter_add_(1, own, share.new_full(own.shape, -1 / count))
