@@ -52,6 +52,15 @@ def test_rankings_are_the_votes_in_order_and_scikit_learns_answer(monkeypatch: p
     assert found[7, 0.07][:, 0].tolist() == expected.tolist()
 
 
+def test_shuffled_labels_give_chance() -> None:
+    queries, bank, labels = data()
+    truth = rankings()[7, 0.07][:, 0]  # as good as the classes that queries were drawn from
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    found = knn_rankings(queries, bank, shuffled, classes=7, settings=GRID, device=CPU)
+    for setting in GRID:
+        assert (found[setting][:, 0] == truth).double().mean() < 0.35, "a seventh, of 61 queries"
+
+
 def test_settings_named_twice_change_nothing() -> None:
     queries, bank, labels = data()
     twice = knn_rankings(queries, bank, labels, classes=7, settings=[GRID[0], *GRID], device=CPU)
