@@ -16,7 +16,13 @@ from pipelines.loading import StreamedLoader, render
 from pipelines.packed.images import BetonImages
 from pipelines.resident import ResidentLoader
 from pipelines.sources import DataError, Source
-from pipelines.views import View
+from pipelines.views import PLANS, View
+
+
+def training_view(source: str) -> View:
+    """Of supervised training: a random resized crop, half of them mirrored; digits as in their plan, never mirrored."""
+    usual = PLANS["digits"][0] if source == "digits" else View(flip=0.5)
+    return View(crop="random_resized", crop_scale=usual.crop_scale, flip=usual.flip)
 
 
 def epoch_batches(images: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:

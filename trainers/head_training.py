@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from typing import Literal
 
@@ -13,15 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.choice import build_loader, choose
+from pipelines.labelled import LabelledViews, training_view
 from pipelines.sources import DataConfig, Source
-from pipelines.views import View
 from trainers.features import FrozenEncoder, frozen
 from trainers.head_grid import HeadGrid
 from trainers.linear import mean_and_scale
 
 FeatureChoice = Literal["pooled", "standardised", "stages"]
-CROP_AND_FLIP = View(crop="random_resized", flip=0.5)
 
 
 class Stages(nn.Module):
@@ -75,7 +72,7 @@ def cached_batches(
 
 
 class AugmentedRows:
-    """Features of augmented images, epoch by epoch: a random resized crop, flipped or not.
+    """Features of augmented images, epoch by epoch: `training_view`.
 
     Args:
         epochs: of new draws; after them these are used again, from memory. None: never again.
@@ -92,26 +89,30 @@ class AugmentedRows:
         device: torch.device,
         epochs: int | None,
     ) -> None:
-        source = replace(source, mean=encoder.mean, std=encoder.std)
-        self.encoder, self.device, self.epochs, self.seed = encoder, device, epochs, seed
-        self.batch_size = min(batch_size, len(source))
-        config = data.model_copy(update={"last": "drop"})
-        name, _ = choose(source, config, encoder.image_size, device)
-        settings = {"size": encoder.image_size, "batch_size": self.batch_size, "seed": seed, "device": device}
-        self.loader = build_loader(name, source, (CROP_AND_FLIP,), config=config, **settings)
+        self.encoder, self.device, self.epochs = encoder, device, epochs
+        self.batch_size, self.seed = batch_size, seed
+        self.views = LabelledViews(
+            replace(source, mean=encoder.mean, std=encoder.std),
+            training_view(source.name),
+            size=encoder.image_size,
+            batch_size=batch_size,
+            seed=seed,
+            device=device,
+            loading=data,
+        )
         self.kept: list[tuple[Tensor, Tensor]] = []
 
     @property
     def steps(self) -> int:
-        return self.loader.steps_per_epoch
+        return self.views.steps_per_epoch
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         if self.epochs is not None and epoch >= self.epochs:
             yield from cached_batches(*self.kept[epoch % self.epochs], self.batch_size, epoch, self.seed)
             return
         seen: list[tuple[Tensor, Tensor]] = []
-        with frozen(self.encoder, self.device) as embed, torch.no_grad(), closing(self.loader.epoch(epoch)) as steps:  # type: ignore[type-var]
-            for (batch,) in steps:
+        with frozen(self.encoder, self.device) as embed, torch.no_grad():
+            for batch in self.views.epoch(epoch):
                 rows = embed(batch.views[0])
                 if self.epochs is not None:
                     seen.append((rows, batch.labels))
@@ -120,7 +121,7 @@ class AugmentedRows:
             self.kept.append((torch.cat([rows for rows, _ in seen]), torch.cat([labels for _, labels in seen])))
 
     def close(self) -> None:
-        self.loader.close()
+        self.views.close()
 
 
 def train_heads(

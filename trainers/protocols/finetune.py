@@ -16,10 +16,10 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from pipelines.labelled import LabelledViews, steps_of_epoch
+from pipelines.labelled import LabelledViews, steps_of_epoch, training_view
 from pipelines.sources import DataError, Source
 from pipelines.subsets import stratified_draw
-from pipelines.views import PLANS, View
+from pipelines.views import View
 from trainers.dropout import add_dropout, dropout_rate
 from trainers.encoders import build_encoder
 from trainers.finetune import (
@@ -67,12 +67,8 @@ class Settings(ClassificationSettings, FinetuneConfig):
 
     def view(self, source: str) -> View:
         """What a training image is seen as."""
-        usual = PLANS["digits"][0] if source == "digits" else View(flip=0.5)
-        return View(
-            crop="random_resized",
-            crop_scale=usual.crop_scale if self.crop_scale is None else self.crop_scale,
-            flip=usual.flip if self.flip is None else self.flip,
-        )
+        given = {"crop_scale": self.crop_scale, "flip": self.flip}
+        return training_view(source).model_copy(update={key: v for key, v in given.items() if v is not None})
 
 
 def score(job: Job[Settings]) -> Result:
