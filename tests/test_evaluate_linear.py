@@ -32,12 +32,16 @@ def test_the_default_is_as_good_as_scikit_learn_at_its_best(tmp_path: Path) -> N
     mean, scale = x.mean(0), x.std(0, unbiased=False)
     scale[scale == 0] = 1
     x, held, test = ((rows - mean) / scale for rows in (x, held, test))
-    costs = [1 / (10.0 ** (step / 2) * len(x)) for step in range(2, -13, -1)]  # the strongest L2 first: it wins a tie
-    fits = [LogisticRegression(C=c, max_iter=3000).fit(x, y) for c in costs]
-    best = max(fits, key=lambda fit: fit.score(held, held_labels))
-    assert record["top1"] == pytest.approx(100 * best.score(test, test_labels), abs=0.3)  # one image of 360
-    assert record["interval_low"] < record["top1"] < record["interval_high"]
     kept = json.loads(next((tmp_path / "runs/evaluations").glob("linear-digits-all-*.json")).read_text())
+    (run,) = kept["runs"]
+    strengths = [10.0 ** (step / 2) for step in range(-12, 3)]
+    fits = {l2: LogisticRegression(C=1 / (l2 * len(x)), max_iter=3000).fit(x, y) for l2 in strengths}
+    # Several strengths share the best score on 240 images, so that one is as good as another to choose.
+    best = max(fit.score(held, held_labels) for fit in fits.values())
+    assert run["holdout_top1"] >= 100 * best - 0.42  # one image
+    same = fits[min(strengths, key=lambda l2: abs(l2 - run["L2"]))]
+    assert record["top1"] == pytest.approx(100 * same.score(test, test_labels), abs=0.28)  # one image of 360
+    assert record["interval_low"] < record["top1"] < record["interval_high"]
     confusion = torch.tensor(kept["confusion"])
     assert confusion.sum(1).tolist() == torch.bincount(test_labels).tolist()
     assert 100 * confusion.diagonal().sum().item() / 360 == pytest.approx(record["top1"])

@@ -31,14 +31,14 @@ def minimise(
         curvature: broadcastable to ``start``, about the diagonal of each Hessian, above 0: the metric of the first
             step and of what the history does not know (Nocedal & Wright, 2006, section 7.2).
         tolerance: a problem is done once its gradient g promises less than this, gᵀ diag(curvature)⁻¹ g / 2, of 0.01 +
-            its objective; None: 1e-5, or 1e-13 in float64.
+            its objective; None: 1e-6, or 1e-13 in float64.
         max_iterations: of each problem.
 
     Returns:
         The best points found [G, …]; and which problems are done, [G] bool.
     """
     precise = start.dtype == torch.float64
-    tolerance = tolerance if tolerance is not None else 1e-13 if precise else 1e-5
+    tolerance = tolerance if tolerance is not None else 1e-13 if precise else 1e-6
     noise = 1e-14 if precise else 1e-7  # of the objective, relative: a decrease below that cannot be seen
     result, done = start.clone(), torch.zeros(len(start), dtype=torch.bool, device=start.device)
     which = torch.arange(len(start), device=start.device)
