@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,28 @@ def add_record(run: Path, name: str = "knn-digits-all-0", **values: Any) -> None
     }
     (run / "evaluations").mkdir(exist_ok=True)
     (run / "evaluations" / f"{name}.json").write_text(json.dumps(record | values))
+
+
+class Seen(HTMLParser):
+    """The elements of a page, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._inside = ""
+        self.feed(page)
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.elements.append((name, {key: value or "" for key, value in attributes}))
+        self._inside = name
+
+    def handle_endtag(self, name: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside not in ("script", "style"):
+            self.text += data
+
+    def all(self, name: str) -> list[dict[str, str]]:
+        return [attributes for element, attributes in self.elements if element == name]
