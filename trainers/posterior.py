@@ -46,7 +46,7 @@ def posterior(z: Tensor, beta: float = BETA) -> Posterior:
     """
     logarithms = log_softplus(z, beta).log_softmax(1)
     probabilities = logarithms.exp()
-    return Posterior(probabilities, _entropy(probabilities), probabilities.amax(1))
+    return Posterior(probabilities, entropy_of(probabilities), probabilities.amax(1))
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def posterior_statistics(
         "posterior_entropy": entropy,
         "posterior_confidence": confidence,
         "posterior_agreement": agreement,
-        "posterior_information": _entropy(means[None, :-3])[0] - entropy,
+        "posterior_information": entropy_of(means[None, :-3])[0] - entropy,
     }
 
 
@@ -110,7 +110,7 @@ def mc_passes(module: nn.Module, images: Tensor, passes: int, *, beta: float | N
             single = posterior(z, beta)
             probabilities = probabilities + single.probabilities / passes
             entropy = entropy + single.entropy / passes
-    predictive = _entropy(probabilities)
+    predictive = entropy_of(probabilities)
     return Passes(mean, squares / (passes - 1), probabilities, predictive, (predictive - entropy).clamp_min(0))
 
 
@@ -126,5 +126,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = True
 
 
-def _entropy(probabilities: Tensor) -> Tensor:
+def entropy_of(probabilities: Tensor) -> Tensor:
+    """Of each row of probabilities [N, C], in nats: [N]."""
     return -torch.xlogy(probabilities, probabilities).sum(1)

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from trainers.dropout import mc_dropout
-from trainers.posterior import evaluating
+from trainers.posterior import entropy_of, evaluating
 
 Head = Callable[[Tensor], Tensor]  # features [n, d] -> probabilities [n, C]
 
@@ -39,11 +39,6 @@ class DropoutPasses:
     variance: Tensor  # [N] of the features, mean over their dimensions
     dimension_mean: Tensor  # [d] of the features, mean over passes and images
     dimension_variance: Tensor  # [d] mean over the images
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """Of rows [N, C], nats."""
-    return -torch.xlogy(probabilities, probabilities).sum(1)
 
 
 @torch.no_grad()
@@ -110,10 +105,10 @@ def _passes(
             for name, head in heads.items():
                 single = head(features).double()
                 probabilities[name] = probabilities.get(name, 0) + single / passes
-                expected[name] = expected.get(name, 0) + entropy(single) / passes
+                expected[name] = expected.get(name, 0) + entropy_of(single) / passes
     found = {}
     for name, rows in probabilities.items():
-        total = entropy(rows)
+        total = entropy_of(rows)
         parts = (rows, total, expected[name], (total - expected[name]).clamp_min(0))
         found[name] = Predictive(*(part.float().cpu() for part in parts))
     return found, mean, squares / (passes - 1)

@@ -16,8 +16,9 @@ from tests.trainers.run_folders import write_run
 from tests.trainers.small_runs import SmallEncoder
 from trainers.calibration import brier_score, equal_mass, equal_width, fit_temperature, negative_log_likelihood
 from trainers.dropout import MCDropout, add_dropout
+from trainers.posterior import entropy_of
 from trainers.state import CheckpointError
-from trainers.uncertainty import dropout_passes, entropy, ood_scores, risk_coverage
+from trainers.uncertainty import dropout_passes, ood_scores, risk_coverage
 from trainers.uncertainty_pictures import doubts_picture
 from trainers.whole import load_method, method_config
 
@@ -199,7 +200,7 @@ def test_passes_that_agree_know_no_mutual_information() -> None:
         assert of.mutual_information.max() < 1e-6
     with pytest.raises(ValueError, match="at least 2"):
         dropout_passes(encoder, heads, batches, 1, seed=0)
-    assert entropy(torch.tensor([[1.0, 0.0]])).item() == 0
+    assert entropy_of(torch.tensor([[1.0, 0.0]])).item() == 0
 
 
 def test_doubts_that_hardly_differ_can_be_drawn() -> None:

@@ -20,9 +20,9 @@ from trainers.calibration import BINS, fit_temperature
 from trainers.dropout import dropout_rate
 from trainers.features import BATCH_SIZE
 from trainers.linear import LinearFit, search_logistic
-from trainers.posterior import posterior
+from trainers.posterior import entropy_of, posterior
 from trainers.protocols import Job, ProtocolSettings, Result
-from trainers.uncertainty import DropoutPasses, Head, dropout_passes, entropy
+from trainers.uncertainty import DropoutPasses, Head, dropout_passes
 from trainers.uncertainty_pictures import Shown, images_picture
 from trainers.uncertainty_report import MEASURES, Seen, figures, pictures, table
 from trainers.whole import load_method, method_config
@@ -136,10 +136,10 @@ def _see(job: Job[Settings], source: Source, heads: dict[str, Head]) -> Seen:
     last = "calibrated" if "calibrated" in heads else "as fitted"
     probabilities = {"softmax": plain[last]}
     before = {"softmax": plain["as fitted"]} if last == "calibrated" else {}
-    doubts = {"softmax_confidence": 1 - plain[last].amax(1), "softmax_entropy": entropy(plain[last])}
+    doubts = {"softmax_confidence": 1 - plain[last].amax(1), "softmax_entropy": entropy_of(plain[last])}
     if "posterior" in plain:
         doubts["posterior_confidence"] = 1 - plain["posterior"].amax(1)
-        doubts["posterior_entropy"] = entropy(plain["posterior"])
+        doubts["posterior_entropy"] = entropy_of(plain["posterior"])
     passes = _passes(job, source, heads)
     if passes is not None:
         found = passes.heads[last]
