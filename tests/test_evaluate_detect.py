@@ -74,6 +74,7 @@ def test_coco_and_what_is_said_of_it(tmp_path: Path, trees: Path, weights: Path)
         (["model=yolo"], "model='yolo'"),
         (["root=nowhere"], "nowhere/VOC2007/ImageSets/Main/trainval.txt"),
         (["test=VOC2007/trainval"], "test=VOC2007/trainval is among the parts to train on"),
+        (["test=VOC2007//trainval"], "test images are among those to train on"),
         (["test=VOC2007/val"], "VOC2007/ImageSets/Main/val.txt"),
         (["format=coco"], "instances_train2017.json"),
         (["longest=64"], "longest=64 is below"),
@@ -94,6 +95,17 @@ def test_mistakes_end_in_one_readable_message(
     assert done.exit_code == 2, done.output
     assert expected in done.stderr
     assert done.stderr.startswith("error: ")
+
+
+def test_an_image_that_is_missing_is_found_out_before_training(tmp_path: Path, weights: Path) -> None:
+    write_voc(tmp_path / "voc", 4, 3)
+    gone = sorted((tmp_path / "voc/VOC2007/JPEGImages").iterdir())[-1]
+    gone.unlink()
+    usual = [f"root={tmp_path / 'voc'}", "train=[VOC2007/trainval]", *FAST]
+    done = evaluate(tmp_path, "detect", str(weights), *usual)
+    assert done.exit_code == 2, done.output
+    assert f"{gone}, which is not there" in done.stderr
+    assert "iteration" not in done.stderr
 
 
 def test_pixels_and_a_loss_that_runs_away_are_refused(tmp_path: Path, trees: Path, weights: Path) -> None:
