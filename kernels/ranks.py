@@ -32,6 +32,16 @@ def gather_rows(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     return gathered
 
 
+def exchange_parts(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[W·n, ...], of which rows j·n and following are for rank j: [W, n, ...], what each rank has for this one.
+
+    Without gradient. A rank receives as much as it holds, where gathering would bring it W times that.
+    """
+    received = torch.empty_like(local, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(received, local.contiguous(), group=group)
+    return received.unflatten(0, (dist.get_world_size(group), -1))
+
+
 def check_same_on_ranks(rows: Tensor, group: dist.ProcessGroup) -> None:
     """Refuse batches [N, D] that differ over the ranks in shape or size of an element.
 

@@ -29,7 +29,13 @@ from torch.autograd.function import once_differentiable
 
 from kernels import simplex_tiled
 from kernels.backends import choose_backend
-from kernels.ranks import check_same_on_ranks, gather_rows, gather_rows_with_gradient, group_or_none
+from kernels.ranks import (
+    check_same_on_ranks,
+    exchange_parts,
+    gather_rows,
+    gather_rows_with_gradient,
+    group_or_none,
+)
 
 
 def simplex_loss(
@@ -59,7 +65,7 @@ def simplex_loss(
         group: process group whose ranks each hold N of the W·N pairs; the N of the formula is then W·N. Every rank
             returns the global mean; its gradient is that of the global mean TIMES W, so that averaging gradients
             over the ranks gives what one process would find for the whole batch. What travels is the posteriors and
-            four numbers a row, no gradient. The gradient from above must be the same on every rank.
+            three numbers a row, no gradient. The gradient from above must be the same on every rank.
         backend: "tiled" and "triton" never hold an array of N x N; "reference" does, in plain operations.
 
     Returns:
@@ -115,21 +121,21 @@ class _Simplex(torch.autograd.Function):
         parts = _implementation(backend)
         n, world = len(z1), 1 if group is None else dist.get_world_size(group)
         start = 0 if group is None else n * dist.get_rank(group)
-        own = slice(start, start + n)
         settings = simplex_tiled.Settings(temperature, floor, z1.shape[1], world * n, fast)
 
         posterior1, posterior2, agreement = parts.posteriors(z1, z2, beta)
         candidates2 = posterior2 if group is None else gather_rows(posterior2, group)
         of_rows, of_columns = parts.log_sums(posterior1, candidates2, start, settings)
         if group is not None:
-            of_columns = gather_rows(of_columns[None], group).logsumexp(0)  # each rank knows the part of its rows
+            # Each rank has the part of its own rows of every column's sum; a column's parts go to the rank it is of.
+            of_columns = exchange_parts(of_columns, group).logsumexp(0)
         ratio = agreement.mul(world * n)
         positive = ratio.clamp_min(floor).log_().div_(temperature)
-        margin1, margin2 = of_rows - positive, of_columns[own] - positive
+        margin1, margin2 = of_rows - positive, of_columns - positive
         zero = torch.zeros_like(positive)
         loss = (torch.logaddexp(margin1, zero) + torch.logaddexp(margin2, zero)).mean() / 2
 
-        log_rows, log_columns = torch.logaddexp(of_rows, positive), torch.logaddexp(of_columns[own], positive)
+        log_rows, log_columns = torch.logaddexp(of_rows, positive), torch.logaddexp(of_columns, positive)
         candidates1 = posterior1
         if group is not None:
             # All that the backward pass wants from other ranks, so that it can run without waiting for them.
