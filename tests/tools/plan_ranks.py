@@ -82,5 +82,3 @@ def _sent(group: dist.ProcessGroup, case: dict[str, Any], calls: list[Any]) -> S
             mine.fit(features[0], features[1], group)
         run.ranks.any(False)
     return dict(Counter((call.name, call.size) for call in calls))
-
-

@@ -41,22 +41,27 @@ def model_of(recipe: Recipe, *, images: int, classes: int, size: int) -> Model:
     Raises:
         DataError: a teacher is not at hand.
     """
-    plan = recipe.views.resolve()
-    facts = Facts(
+    facts = facts_of(recipe, images=images, classes=classes, size=size)
+    return look_at(build_method(recipe.method, build_encoder(recipe.encoder, size), facts), recipe.method, facts)
+
+
+def facts_of(recipe: Recipe, *, images: int, classes: int, size: int) -> Facts:
+    """What ``train.py`` would tell the method of such a set, as far as it matters here."""
+    steps = max(1, images // recipe.batch_size)
+    return Facts(
         image_size=size,
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         images=images,
         classes=classes,
         multi_label=False,
-        seed=0,
+        seed=recipe.seed,
         batch_size=recipe.batch_size,
-        steps_per_epoch=max(1, images // recipe.batch_size),
-        total_steps=max(1, recipe.epochs * (images // recipe.batch_size)),
-        plan=plan,
+        steps_per_epoch=steps,
+        total_steps=recipe.epochs * steps,
+        plan=recipe.views.resolve(),
         steady=not recipe.data.scaled,
     )
-    return look_at(build_method(recipe.method, build_encoder(recipe.encoder, size), facts), recipe.method, facts)
 
 
 def look_at(method: BaseMethod, config: MethodConfig, facts: Facts) -> Model:
