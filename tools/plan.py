@@ -15,8 +15,10 @@ import json
 import math
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import typer
@@ -30,6 +32,7 @@ from tools.planning.model import Model, facts_of, model_of
 from tools.planning.rates import NAMES, Rate, RateError, Rates, check_rate, known, measure, read_rates, to_json
 
 _MOST_RANKS = 2**20
+Number = TypeVar("Number", int, float)
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -53,7 +56,9 @@ def main(
     classes: Annotated[int | None, typer.Option(min=0, help="Of the online probe; 0: no labels.")] = None,
     image_bytes: Annotated[float | None, typer.Option(help="Of a stored image.")] = None,
     shard_mb: Annotated[int, typer.Option(min=1, help="As of tools.convert, MiB.")] = 256,
-    images_per_second: Annotated[float | None, typer.Option(help="That one rank trains alone.")] = None,
+    images_per_second: Annotated[
+        str | None, typer.Option(help="That one rank trains alone; of 500,1000 hours are told for each.")
+    ] = None,
     matmul_rate: Annotated[float | None, typer.Option(help="TFLOP/s of one rank, in the loss's products.")] = None,
     network: Annotated[float | None, typer.Option(help="GB/s that a rank sends inside its node.")] = None,
     node_network: Annotated[float | None, typer.Option(help="GB/s that a node sends to others.")] = None,
@@ -66,7 +71,6 @@ def main(
 ) -> None:
     """Plan a run of a recipe on so many ranks."""
     given = {
-        "images_per_second": images_per_second,
         "matmul_rate": matmul_rate,
         "network": network,
         "node_network": node_network,
@@ -76,22 +80,26 @@ def main(
     }
     try:
         recipe = read_recipe(path, overrides or [])
-        counts = _counts(ranks)
+        counts = sorted(set(_numbers("--ranks", ranks, int)))
+        if counts[-1] > _MOST_RANKS:
+            raise PlanError(f"--ranks {ranks}: at most {_MOST_RANKS:,}")
         images_, classes_, size = _data(recipe, images, classes)
         if image_bytes is not None:
             check_rate("--image-bytes", image_bytes)
-        rates = _rates(given, rates_file)
+        speeds = _numbers("--images-per-second", images_per_second, float) if images_per_second else []
+        rates = _rates(given | ({"images_per_second": speeds[0]} if speeds else {}), rates_file)
         cluster = Cluster(images_, ranks_per_node, device, batch_per_rank, rates)
         _check(recipe, cluster, counts, size)
         if measured:
             facts = facts_of(recipe, images=images_, classes=classes_, size=size)
-            found = measure(recipe, facts, batch_per_rank or recipe.batch_size // min(counts))
+            found = measure(recipe, facts, batch_per_rank or recipe.batch_size // counts[0])
             rates |= {name: rate for name, rate in found.items() if name not in rates}
         model = model_of(recipe, images=images_, classes=classes_, size=size)
         estimates = [estimate(recipe, model, cluster, count) for count in counts]
         doublings = possible_ranks(recipe, cluster, max(counts))
         everywhere = [estimate(recipe, model, cluster, count) for count in doublings]
-        _print(recipe, model, cluster, path, estimates, everywhere, image_bytes, shard_mb)
+        hours = {speed: _at(speed, recipe, model, cluster, counts) for speed in speeds[1:] and speeds}
+        _print(recipe, model, cluster, path, estimates, everywhere, hours, image_bytes, shard_mb)
         if json_file is not None:
             content = _json(recipe, model, cluster, path, estimates, everywhere)
             json_file.write_text(json.dumps(content, indent=2) + "\n")
@@ -100,16 +108,15 @@ def main(
         raise typer.Exit(2) from None
 
 
-def _counts(text: str) -> list[int]:
+def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
     try:
-        counts = sorted({int(part.replace("_", "")) for part in text.split(",")})
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
-        raise PlanError(
-            f"--ranks {text!r}: expected whole numbers with commas between them, such as 8,64,1024"
-        ) from None
-    if counts[0] < 1 or counts[-1] > _MOST_RANKS:
-        raise PlanError(f"--ranks {text!r}: expected numbers from 1 to {_MOST_RANKS:,}")
-    return counts
+        numbers = []
+    if not numbers or not all(0 < number < math.inf for number in numbers):
+        whole = "whole numbers" if kind is int else "numbers"
+        raise PlanError(f"{option} {text!r}: expected {whole} above 0 with commas between them, such as 8,64,1024")
+    return numbers
 
 
 def _data(recipe: Recipe, images: float | None, classes: int | None) -> tuple[int, int, int]:
@@ -135,6 +142,12 @@ def _rates(given: dict[str, float | None], file: Path | None) -> Rates:
             check_rate("--" + name.replace("_", "-"), value)
             rates[name] = Rate(value, "given")
     return rates
+
+
+def _at(speed: float, recipe: Recipe, model: Model, cluster: Cluster, counts: list[int]) -> list[Estimate]:
+    """The same ranks, if one trained so many images a second."""
+    other = replace(cluster, rates=cluster.rates | {"images_per_second": Rate(speed, "given")})
+    return [estimate(recipe, model, other, count) for count in counts]
 
 
 def _check(recipe: Recipe, cluster: Cluster, counts: list[int], size: int) -> None:
@@ -163,6 +176,7 @@ def _print(
     path: Path,
     estimates: list[Estimate],
     everywhere: list[Estimate],
+    hours: dict[float, list[Estimate]],
     image_bytes: float | None,
     shard_mb: int,
 ) -> None:
@@ -173,6 +187,8 @@ def _print(
         writing.memory_table(estimates, known(cluster.rates, "device_memory")),
         writing.compute_table(estimates),
     ]
+    if hours:
+        blocks.insert(2, writing.hours_table(hours))
     if image_bytes is not None:
         blocks.append(writing.storage(cluster, image_bytes, shard_mb, estimates))
     blocks.append(writing.words(estimates, everywhere, cluster))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -105,7 +106,7 @@ def _embed(method: BaseMethod, views: int, size: int, images: int = 2) -> tuple[
     dtype = next(method.parameters()).dtype
     with FakeTensorMode() as fake, FlopCounterMode(display=False) as counter:  # shapes, no numbers
         state = {**dict(method.named_parameters()), **dict(method.named_buffers())}
-        pretended = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
+        pretended: dict[str, Tensor] = {name: fake.from_tensor(tensor) for name, tensor in state.items()}
         example = torch.empty(views // method.view_parts, images, 3, size, size, dtype=dtype)
         found = functional_call(method, pretended, (example,))
         forward = counter.get_total_flops()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -41,8 +41,11 @@ class Call:
 def recorded() -> Iterator[list[Call]]:
     """Inside, every collective of this process is appended to the list. To be entered before DeepSpeed starts."""
     calls: list[Call] = []
-    present = {name: at for name, at in _COUNTED.items() if hasattr(dist, name)}
-    with patch.multiple(dist, **{name: _recording(getattr(dist, name), calls, *at) for name, at in present.items()}):
+    with ExitStack() as patches:
+        for name, (position, keyword) in _COUNTED.items():
+            if hasattr(dist, name):  # older versions of PyTorch lack one
+                function = _recording(getattr(dist, name), calls, position, keyword)
+                patches.enter_context(patch.object(dist, name, function))
         yield calls
 
 

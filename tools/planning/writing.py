@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from configs.recipe import Recipe
 from tools.planning.estimate import PARTS, Cluster, Estimate, first_at, of_candidates
@@ -59,6 +59,15 @@ def run_table(estimates: Sequence[Estimate]) -> Iterator[str]:
         for one in estimates
     ]
     yield from table(head, rows)
+
+
+def hours_table(hours: Mapping[float, Sequence[Estimate]]) -> Iterator[str]:
+    """Hours of the run, by images/s that one rank trains alone."""
+    rows = [
+        [f"{speed:,g}", *("?" if one.hours is None else significant(one.hours) for one in estimates)]
+        for speed, estimates in hours.items()
+    ]
+    yield from table(["hours, if a rank trains images/s", *_ranks(next(iter(hours.values())))], rows)
 
 
 def traffic_table(estimates: Sequence[Estimate]) -> Iterator[str]:
