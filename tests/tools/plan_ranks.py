@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 
 from configs.recipe import Recipe
+from kernels import bregman_loss, ntxent
+from kernels.ranks import exchange_parts, gather_rows
 from pipelines.views import View
 from tests.trainers.small_runs import BATCH, SmallEncoder, SmallRun, facts
 from tools.planning.methods import loss_cost
@@ -18,7 +20,7 @@ from trainers.mine import Mine
 from trainers.monitors import Probe
 
 Sent = dict[tuple[str, int], int]  # how often a collective of so many bytes is called in a step
-SIZE, STEADY = 8, 4  # pixels; the step that is compared, when queues and centres are full
+STEADY = 2  # the step that is compared: queues and centres are full
 PLANS = {
     "mvmr": (View(crop="center"), View(crop="random_resized")),
     "clipdistill": (View(crop="center"), View(crop="random_resized")),
@@ -61,10 +63,16 @@ def planned(case: dict[str, Any], ranks: int) -> Sent:
     return dict(sent)
 
 
-def sent(group: dist.ProcessGroup, cases: dict[str, dict[str, Any]]) -> dict[str, Sent]:
-    """What each case sends; inside `run_ranks`."""
+def sent(group: dist.ProcessGroup, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What each case sends; inside `run_ranks`. And what comes of two ways to add up the columns of all ranks."""
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    local = torch.randn(world * 5, generator=torch.Generator().manual_seed(rank))
+    sums = {
+        "exchanged": exchange_parts(local, group).logsumexp(0).tolist(),
+        "gathered": gather_rows(local[None], group).logsumexp(0)[5 * rank : 5 * rank + 5].tolist(),
+    }
     with recorded() as calls:
-        return {name: _sent(group, case, calls) for name, case in cases.items()}
+        return sums | {name: _sent(group, case, calls) for name, case in cases.items()}
 
 
 def _sent(group: dist.ProcessGroup, case: dict[str, Any], calls: list[Any]) -> Sent:
@@ -82,3 +90,23 @@ def _sent(group: dist.ProcessGroup, case: dict[str, Any], calls: list[Any]) -> S
             mine.fit(features[0], features[1], group)
         run.ranks.any(False)
     return dict(Counter((call.name, call.size) for call in calls))
+
+
+def sent_by_triton(group: dist.ProcessGroup) -> dict[str, list[tuple[str, int]]]:
+    """What the kernels of GPUs send, by Triton's interpreter; inside `run_ranks`."""
+    import tests.interpreter  # noqa: F401
+
+    found = {}
+    torch.manual_seed(dist.get_rank(group))
+    with recorded() as calls:
+        for name, dtype in (("ntxent half", torch.bfloat16), ("ntxent float", torch.float32)):
+            z1, z2 = (torch.randn(12, 16).to(dtype).requires_grad_() for _ in range(2))
+            calls.clear()
+            ntxent(z1, z2, temperature=0.5, group=group, backend="triton").backward()
+            found[name] = [(call.name, call.size) for call in calls]
+        scores = [torch.randn(12, 5, requires_grad=True) for _ in range(2)]
+        calls.clear()
+        weights = (scores[0].softmax(1), scores[1].softmax(1))
+        bregman_loss(*scores, temperature=0.5, weights=weights, group=group, backend="triton").backward()
+        found["bregman"] = [(call.name, call.size) for call in calls]
+    return found

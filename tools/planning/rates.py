@@ -59,7 +59,7 @@ def read_rates(path: Path) -> Rates:
         rates = {name: Rate(float(found[name]["value"]), f"{path.name}: {found[name]['source']}") for name in found}
     except OSError as error:
         raise RateError(f"--rates {path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise RateError(
             f'--rates {path}: expected {{"rates": {{name: {{"value": number, "source": text}}}}}}, as --json writes it'
         ) from error

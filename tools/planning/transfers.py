@@ -25,7 +25,6 @@ KINDS = (EMBEDDINGS, GRADIENTS, LOG_SUMS, MATRICES, QUEUE, BATCHNORM, WEIGHTS, S
 
 REDUCE, GATHER = "all_reduce", "all_gather_into_tensor"
 SCATTER, EXCHANGE = "reduce_scatter_tensor", "all_to_all_single"
-_BUCKET = 500_000_000  # elements of gradients that DeepSpeed reduces at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +75,6 @@ def engine_transfers(share: Share, model: Model, recipe: Recipe) -> list[Transfe
     forwards, backwards = passes(model, engine.accumulation)
     found = _batchnorm(share, model, forwards, backwards) if engine.batchnorm == "sync" else []
     weights = Transfer(WEIGHTS, REDUCE, model.parameters * share.element)
-    buckets = max(1, -(-model.parameters // _BUCKET))
-    if buckets > 1:
-        weights = Transfer(WEIGHTS, REDUCE, model.parameters * share.element // buckets, buckets)
     found.append(weights)
     if engine.zero_stage:  # DeepSpeed reduces whole gradients all the same, at stage 2 after each backward pass
         found += [weights] * (backwards - 1 if engine.zero_stage == 2 else 0)

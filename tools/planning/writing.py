@@ -114,7 +114,7 @@ def storage(cluster: Cluster, image_bytes: float, shard_mb: int, estimates: Sequ
         if one.step is not None:
             rate = one.share.images * min(one.share.ranks, cluster.a_node) / one.step
             yield (
-                f"At {one.share.ranks:,} ranks each of {_count(one.nodes, 'node')} reads {rate:,.0f} images/s,"
+                f"At {one.share.ranks:,} ranks {_each(one.nodes)} reads {rate:,.0f} images/s,"
                 f" {size(rate * image_bytes)}/s."
             )
 
@@ -183,6 +183,10 @@ def _of_a_ring(one: Estimate, cluster: Cluster) -> Iterator[str]:
 
 def _ranks(estimates: Sequence[Estimate]) -> list[str]:
     return [_count(one.share.ranks, "rank") for one in estimates]
+
+
+def _each(nodes: int) -> str:
+    return "the node" if nodes == 1 else f"each of {nodes:,} nodes"
 
 
 def _count(number: int, what: str) -> str:
