@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,13 +161,14 @@ def divides(recipe: Recipe, cluster: Cluster, ranks: int) -> bool:
     return recipe.batch_size % (ranks * recipe.engine.accumulation) == 0
 
 
-def first_at(estimates: Iterable[Estimate], part: str, least: float) -> int | None:
-    """The smallest number of ranks at which a part takes this share of a step."""
-    for one in estimates:
-        found = one.part(part)
-        if found is not None and found >= least:
-            return one.share.ranks
-    return None
+def first_at(estimates: Sequence[Estimate], part: str, least: float) -> int | None:
+    """The smallest number of ranks from which on a part takes at least this share of a step."""
+    first = None
+    for one in reversed(estimates):
+        if (one.part(part) or 0.0) < least:
+            break
+        first = one.share.ranks
+    return first
 
 
 def of_candidates(one: Estimate) -> float:
