@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from configs.recipe import Recipe
-from kernels import bregman_loss, ntxent
+from kernels import bregman_loss, distance_correlation, ntxent
 from kernels.ranks import exchange_parts, gather_rows
 from pipelines.views import View
 from tests.trainers.small_runs import BATCH, SmallEncoder, SmallRun, facts
@@ -109,4 +109,8 @@ def sent_by_triton(group: dist.ProcessGroup) -> dict[str, list[tuple[str, int]]]
         weights = (scores[0].softmax(1), scores[1].softmax(1))
         bregman_loss(*scores, temperature=0.5, weights=weights, group=group, backend="triton").backward()
         found["bregman"] = [(call.name, call.size) for call in calls]
+        x, z = torch.randn(12, 7), torch.randn(12, 16, requires_grad=True)
+        calls.clear()
+        distance_correlation(x, z, group=group, backend="triton").backward()
+        found["distance"] = [(call.name, call.size) for call in calls]
     return found

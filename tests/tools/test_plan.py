@@ -22,7 +22,7 @@ from tests.tools.plan_ranks import planned, sent, sent_by_triton
 from tests.trainers.parts.tiny_clip import write_teacher
 from tools import plan
 from tools.planning.estimate import Cluster, estimate
-from tools.planning.methods import loss_cost
+from tools.planning.methods import _dependence, loss_cost
 from tools.planning.model import Model, model_of
 from tools.planning.rates import Rate
 from tools.planning.transfers import EXCHANGE, GATHER, REDUCE, SCALARS, Share, Transfer
@@ -102,7 +102,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def check_what_is_sent(cases: dict[str, dict[str, Any]], ranks: int) -> None:
     """Each collective of a step, how often and of how many bytes, on every rank."""
-    for found in run_ranks(ranks, sent, cases, timeout=400):
+    for found in run_ranks(ranks, sent, cases, timeout=550):
         assert found.pop("exchanged") == found.pop("gathered")  # column sums, to the bit
         for name, case in cases.items():
             assert found[name] == planned(case, ranks), name
@@ -136,6 +136,8 @@ def test_the_plan_says_what_the_kernels_of_gpus_send() -> None:
     of_scores = one_rank_of("beclr", 2, "cuda", True, soft_share=1.0, usage_weight=0, ntxent_weight=0).transfers[4:]
     expected_sizes = sorted((t.collective, t.size) for t in of_scores for _ in range(t.times))
     assert sorted(found["bregman"]) == expected_sizes
+    of_distances = _dependence(Share(2, 12, "cuda", True), 7, (16,), "unbiased").transfers
+    assert sorted(found["distance"]) == sorted((t.collective, t.size) for t in of_distances)
 
 
 # ---- sums by hand ---------------------------------------------------------------------------------------
