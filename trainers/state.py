@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.config import Section
+from pipelines.foreign import check_regular, load_json, printable, read_text
 from trainers.engine import Ranks
 
 FORMAT = 1
@@ -38,6 +39,9 @@ class CheckpointConfig(Section):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or does not belong to this run; the message says which file and why."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass(slots=True)
@@ -123,7 +127,7 @@ def find_checkpoint(run_dir: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file has the checksum in its manifest."""
     try:
-        sums = json.loads((path / "manifest.json").read_text())
+        sums = load_json(read_text(path / "manifest.json"))
         present = {file.name for file in path.iterdir()} - {"manifest.json"}
         if set(sums) != present:
             return f"files differ from the manifest: {', '.join(sorted(set(sums) ^ present))}"
@@ -238,5 +242,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
