@@ -277,7 +277,9 @@ def _read(path: Path, seen: tuple[Path, ...], merged: dict[Path, dict[str, Any]]
     extended = settings.pop("extends", None) or []
     bases = [extended] if isinstance(extended, str) else extended
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise RecipeError(f"{path}: extends={shortened(extended)} must be the path of another recipe, or a list of paths")
+        raise RecipeError(
+            f"{path}: extends={shortened(extended)} must be the path of another recipe, or a list of paths"
+        )
     below: dict[str, Any] = {}
     for base in bases:
         below = _merged(below, _read(path.parent / base, (*seen, path), merged))

@@ -51,8 +51,17 @@ def read_text(path: Path, most: int = MOST_TEXT, errors: str = "strict") -> str:
     """A text file in UTF-8.
 
     Raises:
-        OSError: it cannot be read, is no regular file, or has more than `most` bytes.
+        OSError: as `read_bytes`.
         ValueError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode("utf-8", errors).replace("\r\n", "\n")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """A whole file.
+
+    Raises:
+        OSError: it cannot be read, is no regular file, or has more than `most` bytes.
     """
     # A pipe without a writer would be waited for.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -61,7 +70,7 @@ def read_text(path: Path, most: int = MOST_TEXT, errors: str = "strict") -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(f"{path} has more than {most:,} bytes")
-    return data.decode("utf-8", errors).replace("\r\n", "\n")
+    return data
 
 
 def load_json(text: str | bytes) -> Any:

@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines.foreign import check_regular
 
 # Pillow knows fifty more, which go by the content and not by the name: for some it starts other programs.
-FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 MOST_PIXELS = 89_478_485  # of one image, in every loader: Pillow's own bound, 268 MB as RGB. A header may promise more
 MOST_BYTES = 1 << 30  # of an encoded image: four times as many as its pixels may take
 MOST_SCANS = 500  # of a progressive JPEG; usual ones have ten, and each costs a pass over the whole image
@@ -33,8 +33,14 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
     """
     if isinstance(file, Path):
         check_size(file)
-    with Image.open(file, formats=FORMATS) as image:
-        check_pixels(image.height, image.width)
+    try:
+        opened = Image.open(file, formats=FORMATS)
+    except Image.DecompressionBombError as error:  # beyond twice its bound
+        raise ValueError(f"more than {MOST_PIXELS:,} pixels; make it smaller beforehand") from error
+    with opened as image:
+        if image.height * image.width > MOST_PIXELS:
+            told = f"{image.height:,} x {image.width:,}"
+            raise ValueError(f"{told} are more than {MOST_PIXELS:,} pixels; make it smaller beforehand")
         yield image
 
 
@@ -44,11 +50,6 @@ def check_size(path: Path) -> None:
     size = os.stat(path).st_size
     if size > MOST_BYTES:
         raise OSError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
-
-
-def check_pixels(height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
-        raise ValueError(f"{height:,} x {width:,} pixels, more than {MOST_PIXELS:,}; make it smaller beforehand")
 
 
 def check_scans(image: Image.Image, data: bytes | None = None) -> None:

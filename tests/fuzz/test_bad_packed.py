@@ -54,7 +54,7 @@ def read_all(images: PackedImages) -> int:
     return given
 
 
-def readable(error: DataError) -> None:
+def readable(error: ValueError) -> None:
     text = str(error)
     assert 0 < len(text) < 2_000
     assert text.isprintable(), repr(text)
@@ -273,7 +273,7 @@ def hole_in_a_tar(name: str) -> Callable[[Path], None]:
     def write(path: Path) -> None:
         facts = tarfile.TarInfo(name)
         facts.size = 1 << 40
-        path.write_bytes(facts.tobuf())
+        path.write_bytes(facts.tobuf(tarfile.GNU_FORMAT))
         os.truncate(path, (1 << 40) + 512 + 1024)
 
     return write
@@ -326,12 +326,18 @@ def test_converting_into_a_strangers_folder_writes_nowhere_else(tmp_path: Path) 
     photo_tree(tmp_path / "photos", {"a": 2, "b": 2})
     target = tmp_path / "to"
     (target / FOLDER).mkdir(parents=True)
-    line = {"part": "../../elsewhere", "chunk": 0, "rows": {}, "shard": None, "encodings": {}, "sums": [], "skipped": []}
+    line = {
+        "part": "../../elsewhere",
+        "chunk": 0,
+        "rows": {},
+        "shard": None,
+        "encodings": {},
+        "sums": [],
+        "skipped": [],
+    }
     (target / FOLDER / "plan.json").write_text("{}")
     (target / FOLDER / "journal.jsonl").write_text(json.dumps(line) + "\n")
     result = run(tmp_path / "photos", target, "--to", "ffcv")
     assert result.exit_code == 2
     assert "plan.json is damaged" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "to"]
-
-

@@ -43,7 +43,17 @@ def keys_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tupl
 KEYS = sorted({*keys_of(Recipe), *(("method", *k) for n in method_names() for k in keys_of(find_method(n).Config))})
 ODD_TEXTS = [
     *("", " ", "\t", "\n", "a\nb", "\x1b[2J", "%s%n", "{}", "[", "~", "~nobody-of-this-name/x", "/", "/dev/zero", "."),
-    *("../../../../etc/passwd", "a" * 300, "a" * 5000, "\ud800", "ünïcödé", "\u202e", "x;touch /tmp/no", "$(id)", "`id`"),
+    *(
+        "../../../../etc/passwd",
+        "a" * 300,
+        "a" * 5000,
+        "\ud800",
+        "ünïcödé",
+        "\u202e",
+        "x;touch /tmp/no",
+        "$(id)",
+        "`id`",
+    ),
     *("nosuch://x", "memory://x", "file:///dev/zero", "::", "a::b", "zip://x::memory://y", "null", "1e400", "<b>"),
 ]
 ODD_NUMBERS = [
@@ -115,7 +125,26 @@ def test_any_setting_may_be_anything(count: int, tmp_path: Path) -> None:
 
 
 TOKENS = [
-    *("a", "epochs", "method", ":", ": ", "- ", "\n", " ", "{", "}", "[", "]", ",", "&a ", "*a", "<<", "!!int ", "!!str "),
+    *(
+        "a",
+        "epochs",
+        "method",
+        ":",
+        ": ",
+        "- ",
+        "\n",
+        " ",
+        "{",
+        "}",
+        "[",
+        "]",
+        ",",
+        "&a ",
+        "*a",
+        "<<",
+        "!!int ",
+        "!!str ",
+    ),
     *("!!binary ", "!!set ", "!!omap ", "!!timestamp ", "!!python/object/apply:os.system ", "? ", "|", ">", "'", '"'),
     *("\\", "#", "%YAML 1.1\n", "---\n", "...\n", "\t", "0x", "1", "1:1", "1e9", ".inf", "~", "\0", "\ufeff", "é", "="),
     *("2001-99-99", "2001-01-01 99:99:99", "!<", "!!", "extends", "yes", "@", "\x85", "0o9", "_", "-"),

@@ -1,6 +1,6 @@
 """What the fuzz tests share: trials that are the same on every run, a watchdog, a bound on memory, mutations.
 
-A test runs few trials, and under ``-m slow`` many; TWINSTREAM_FUZZ multiplies both, TWINSTREAM_FUZZ_SEED begins elsewhere.
+A test runs few trials, and under ``-m slow`` many. TWINSTREAM_FUZZ multiplies both, TWINSTREAM_FUZZ_SEED is the first.
 """
 
 from __future__ import annotations

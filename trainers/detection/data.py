@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pipelines.foreign import load_json, read_text
+from pipelines.foreign import load_json, read_bytes, read_text
 from pipelines.sources import DataError
 from pipelines.stored.encoded import check_scans, open_image
+from pipelines.stored.trees import MOST_ANNOTATION, check_inside
 
 Target = dict[str, Tensor]
 MOST_ANNOTATIONS = 1 << 31  # bytes; COCO's training images have 0.45 GB of them
@@ -68,9 +69,10 @@ def read_voc(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None =
         folder, _, name = part.rpartition("/")
         listing = root / folder / "ImageSets" / "Main" / f"{name}.txt"
         try:
-            stems = listing.read_text(encoding="utf-8").split()
+            stems = read_text(listing).split()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"detect: cannot read {listing}: {error}; parts are named like VOC2007/trainval") from error
+        check_inside("detect", listing, stems)
         for stem in stems:
             annotation = root / folder / "Annotations" / f"{stem}.xml"
             found.append((root / folder / "JPEGImages" / f"{stem}.jpg", annotation, _voc_objects(annotation)))
@@ -89,7 +91,7 @@ def read_voc(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None =
 def _voc_objects(path: Path) -> list[tuple[str, list[float], bool]]:
     objects = []
     try:
-        for item in ElementTree.parse(path).getroot().findall("object"):
+        for item in ElementTree.fromstring(read_bytes(path, MOST_ANNOTATION)).findall("object"):
             name = (item.findtext("name") or "").strip()
             left, top, right, bottom = (
                 float(item.findtext(f"bndbox/{side}") or "missing") for side in ("xmin", "ymin", "xmax", "ymax")
@@ -120,6 +122,7 @@ def read_coco(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None 
                 if width > 0 and height > 0:  # COCO has a few boxes without an area
                     by_image[row["image_id"]].append((label_of[row["category_id"]], box, bool(row.get("iscrowd", 0))))
             files = {row["id"]: root / part / row["file_name"] for row in content["images"]}
+            check_inside("detect", path, [row["file_name"] for row in content["images"]])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"detect: cannot read {path}: {reason}; parts are named like train2017") from error
