@@ -18,6 +18,7 @@ MOST_RECIPE = 1 << 18  # bytes of a recipe
 MOST_TEXT = 1 << 28  # bytes of other text: the annotations of a million images, the metrics of a hundred million steps
 MOST_NODES = 100_000  # values in a YAML file, each counted as often as aliases repeat it
 MOST_LEVELS = 50  # lists and mappings inside each other
+MOST_MESSAGE = 4_000  # letters; the names of ten files of the greatest length
 MOST_DIGITS = 400  # letters of a number; the largest float has 309 digits
 
 # What moves a terminal's cursor, ends a line, turns text around, or cannot be encoded.
@@ -26,9 +27,13 @@ _UNPRINTABLE_BUT_NEWLINES = re.compile(f"(?!\n){_UNPRINTABLE.pattern}")
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    """With control characters, such as names of files may hold, as escapes; `lines`: newlines stay."""
+    """With control characters, such as names of files may hold, as escapes; `lines`: newlines stay.
+
+    What libraries say may quote a whole file: the middle of a long text is left out.
+    """
     pattern = _UNPRINTABLE_BUT_NEWLINES if lines else _UNPRINTABLE
-    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    text = pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return text if len(text) <= MOST_MESSAGE else f"{text[: MOST_MESSAGE - 500]} ... {text[-490:]}"
 
 
 def shortened(value: object, most: int = 200) -> str:

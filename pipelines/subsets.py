@@ -119,7 +119,8 @@ def load_subset(path: Path, source: Source) -> Tensor:
         if ids.ndim != 1:
             raise ValueError("ids is not a list of numbers")
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
-        raise DataError(f"cannot read the label subset {path}: {error!r}; write one with save_subset") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot read the label subset {path}: {reason}; write one with save_subset") from error
     if (name, split) != (source.name, source.split):
         raise DataError(
             f"label subset {path} was drawn from {name}/{split}, not from {source.name}/{source.split}; "

@@ -23,6 +23,7 @@ from trainers.state import (
     CheckpointConfig,
     CheckpointError,
     RunState,
+    damage_named,
     find_checkpoint,
     generator_states,
     load_checkpoint,
@@ -131,7 +132,15 @@ def _resume(run: Run) -> int:
             f"{path} is not there on rank {ranks.rank}; run.dir must be on storage that all ranks share"
         )
     state = load_checkpoint(path, ranks)
-    images = len(run.loader.source)
+    with damage_named(path):
+        _restore(run, state, path)
+    run.log.say(f"resuming from {path} (step {state.step})")
+    return state.step
+
+
+def _restore(run: Run, state: RunState, path: Path) -> None:
+    """Put back everything that ``save`` wrote."""
+    ranks, images = run.engine.ranks, len(run.loader.source)
     if state.values["images"] != images:
         raise CheckpointError(
             f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
@@ -149,8 +158,6 @@ def _resume(run: Run) -> int:
         restore_generators(state.sharded["generators"], ranks.device)
     if "loader" in state.sharded:
         run.loader.load_state(state.sharded["loader"]["state"])
-    run.log.say(f"resuming from {path} (step {state.step})")
-    return state.step
 
 
 def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch], float]]:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipelines.foreign import MOST_MESSAGE
 from pipelines.packed import tfrecord
 from pipelines.packed.files import find_file
 from pipelines.packed.images import BetonImages, PackedImages
@@ -56,7 +57,7 @@ def read_all(images: PackedImages) -> int:
 
 def readable(error: ValueError) -> None:
     text = str(error)
-    assert 0 < len(text) < 2_000
+    assert 0 < len(text) <= MOST_MESSAGE
     assert text.isprintable(), repr(text)
 
 

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 import pipelines.packed.files
 from configs.recipe import MOST_FILES, Recipe, RecipeError, claim_run_dir, load_recipe
-from pipelines.foreign import MOST_NODES, load_yaml
+from pipelines.foreign import MOST_MESSAGE, MOST_NODES, load_yaml
 from tests.fuzz.trials import trials, try_all, with_memory
 from trainers.methods import find_method, method_names
 
@@ -28,7 +28,6 @@ VALID: dict[str, Any] = {
     "optim": {"name": "sgd", "lr": 0.1},
     "schedule": {"warmup_epochs": 0},
 }
-LONGEST = 4_000  # letters of a message
 
 
 def keys_of(model: type[BaseModel], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -104,7 +103,7 @@ def loads(path: Path, *overrides: str) -> Recipe | None:
 def readable(error: Exception) -> None:
     text = str(error)
     assert text
-    assert len(text) < LONGEST, f"{len(text)} letters"
+    assert len(text) <= MOST_MESSAGE, f"{len(text)} letters"
     assert "Traceback" not in text
     assert not any(letter < " " and letter != "\n" for letter in text), repr(text)
     text.encode()
@@ -214,7 +213,7 @@ def test_bombs_are_refused_within_bounds(text: str, reason: str, tmp_path: Path)
     said = with_memory(400, lambda: load_recipe(path))
     assert said.startswith("RecipeError: ")
     assert reason in said
-    assert len(said) < LONGEST
+    assert len(said) < MOST_MESSAGE + 100
 
 
 def test_aliases_within_bounds_are_understood() -> None:
