@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipelines.config import LoaderConfig
@@ -24,7 +24,7 @@ from pipelines.sources import DataConfig, Source
 from trainers.dropout import add_dropout
 from trainers.encoders import EncoderConfig, build_encoder
 from trainers.state import CheckpointError, damage_named, find_checkpoint, load_strict
-from trainers.weights import check_state, image_facts, load_metadata, load_tensors
+from trainers.weights import check_state, image_facts, load_metadata, load_tensors, save_tensors
 
 BATCH_SIZE = 256
 Statistics = tuple[float, float, float]
@@ -166,7 +166,7 @@ def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
 
 def _store(path: Path, features: Tensor) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({"features": features.cpu().contiguous()}, draft)
+    save_tensors(draft, {"features": features})
     draft.replace(path)
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors.torch import save_file
-
 from pipelines.batch import ViewBatch
 from pipelines.loading import Loader
 from trainers.engine import Engine
@@ -32,6 +30,7 @@ from trainers.state import (
     save_checkpoint,
 )
 from trainers.step import train_step
+from trainers.weights import save_tensors
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 
@@ -172,9 +171,8 @@ def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch]
 
 def _export_encoder(run: Run) -> None:
     """``encoder.safetensors``: torchvision's parameter names and, as metadata, how to rebuild and feed it."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in run.method.encoder.state_dict().items()}
     draft = run.directory / ".encoder.safetensors.tmp"
-    save_file(tensors, draft, metadata={"twinstream": json.dumps(run.export)})
+    save_tensors(draft, run.method.encoder.state_dict(), {"twinstream": json.dumps(run.export)})
     draft.replace(run.directory / "encoder.safetensors")
 
 

@@ -21,14 +21,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipelines.config import Section
 from pipelines.foreign import check_regular, load_json, printable, read_text
 from pipelines.stored.images import DataError
 from trainers.engine import Ranks
-from trainers.weights import check_state, load_tensors
+from trainers.weights import check_state, load_tensors, save_tensors
 
 FORMAT = 1
 LOCK = ".lock"
@@ -232,7 +231,7 @@ def _shard_name(name: str, rank: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    save_tensors(path, tensors)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.foreign import check_regular
@@ -24,6 +25,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: it cannot be read, or is no safetensors file, such as a pickle of another name.
     """
     return _read(path, lambda: load_file(path))
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file with the permissions of any other: the library would make it private."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
+    mask = os.umask(0o077)  # which can only be read by setting it
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
 
 
 def load_metadata(path: Path) -> dict[str, str]:
