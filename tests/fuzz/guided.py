@@ -8,6 +8,7 @@ Anything but the errors that users are shown ends it with the input that did it,
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -61,10 +62,8 @@ def main() -> None:
     target = TARGETS[sys.argv.pop(1)]
 
     def one(data: bytes) -> None:
-        try:
+        with contextlib.suppress(DataError, yaml.YAMLError, ValueError, OSError, KeyError):
             target(data)
-        except (DataError, yaml.YAMLError, ValueError, OSError, KeyError) as error:
-            assert str(error)
 
     atheris.Setup(sys.argv, one)
     atheris.Fuzz()
