@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from pipelines.foreign import check_regular
 
@@ -66,6 +66,7 @@ def check_scans(image: Image.Image, data: bytes | None = None) -> None:
 
 def _scans(image: Image.Image) -> int:
     """How many there are in the file that the image was opened from, at most (a thumbnail has some of its own)."""
+    assert isinstance(image, ImageFile.ImageFile)
     file = image.fp
     assert file is not None
     place = file.tell()
