@@ -83,7 +83,7 @@ def load_json(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("too many lists and objects inside each other") from error
+        raise ValueError("lists within lists, too many levels") from error
 
 
 def load_yaml(text: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.foreign import load_json, shortened
+from pipelines.foreign import load_json
 from pipelines.packed.files import StoredFile, read_at
 from pipelines.stored.images import EXTENSIONS, DataError
 
@@ -222,5 +222,5 @@ def checked_label(label: int | list[float]) -> Any:
     """
     for value in label if isinstance(label, list) else [label]:
         if type(value) not in (int, float) or not -1 <= value < 2**63:
-            raise ValueError(f"a label of {shortened(value, 40)}, expected numbers from -1 on")
+            raise ValueError(f"a label of {str(value)[:40]}, expected numbers from -1 on")
     return [float(value) for value in label] if isinstance(label, list) else label
