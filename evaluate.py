@@ -37,7 +37,8 @@ app = typer.Typer(
     help="Score an encoder on its data, or on other. Settings are chosen on the held-out part of the training images,"
     " never on test, which is always scored whole.",
 )
-console = Console(highlight=False, soft_wrap=True)
+# Names of runs, data and classes are shown as they are: [bold] and :smile: have no meaning in them.
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 Target = Annotated[Path | None, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or encoder.safetensors.")]

@@ -20,6 +20,7 @@ import yaml
 from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, create_model
 
 from pipelines.config import Section
+from pipelines.foreign import MOST_LEVELS, MOST_RECIPE, load_yaml, printable, read_text, shortened
 from pipelines.order import count_steps
 from pipelines.sources import DataConfig, DataError, describe
 from pipelines.views import ViewsConfig
@@ -38,8 +39,14 @@ _ASIDE = (
 )
 
 
+MOST_FILES = 100  # that a recipe may extend, one by way of the other
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message is for the person who wrote it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__(), lines=True)
 
 
 class RunConfig(Section):
@@ -179,7 +186,7 @@ def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
     remark = None
     try:
         if path.exists():
-            old = yaml.safe_load(path.read_text()) or {}
+            old = load_yaml(read_text(path, MOST_RECIPE)) or {}
             started = any((run_dir / "checkpoints").glob("step-*"))
             remark = _check_same_run(run_dir, old, new) if started else None
         elif run_dir.exists() and {inside.name for inside in run_dir.iterdir()} - {LOCK}:
@@ -191,7 +198,7 @@ def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
         draft.replace(path)
     except OSError as error:
         raise RecipeError(f"run.dir={run_dir} cannot be used: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is damaged ({error}); set run.dir to a new folder") from error
     return remark
 
@@ -203,14 +210,20 @@ def _check_same_run(run_dir: Path, old: Any, new: dict[str, Any]) -> str | None:
         if key != "epochs" and not any(key == aside or key.startswith(f"{aside}.") for aside in _ASIDE)
     ]
     if changes:
-        lines = "\n".join(f"  {key}: {before} -> {now}" for key, before, now in changes)
+        lines = "\n".join(f"  {key}: {_told(before)} -> {_told(now)}" for key, before, now in changes)
         raise RecipeError(
             f"{run_dir} holds a run of another recipe:\n{lines}\nset run.dir to a new folder, or take the changes back"
         )
-    before, now = old["epochs"], new["epochs"]
+    before, now = old["epochs"] if isinstance(old, dict) and "epochs" in old else None, new["epochs"]
+    if type(before) is not int:
+        raise RecipeError(f"{run_dir}/recipe.yaml is damaged: epochs={shortened(before)}; set run.dir to a new folder")
     if now < before:
         raise RecipeError(f"epochs={now} is fewer than the {before} of the run in {run_dir}; epochs can only be raised")
     return f"epochs {before} -> {now}: from here on the schedule is that of {now} epochs" if now > before else None
+
+
+def _told(value: Any) -> str:
+    return value if isinstance(value, str) and len(value) < 200 else shortened(value)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -219,12 +232,15 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not all(key.split(".")):
-            raise RecipeError(f"{override!r} is not an override; write key.sub=value")
+            raise RecipeError(f"{shortened(override)} is not an override; write key.sub=value")
+        names = key.split(".")
+        if len(names) > MOST_LEVELS:
+            raise RecipeError(f"{shortened(override)}: the key has {len(names)} parts, more than {MOST_LEVELS}")
         try:
-            value = yaml.safe_load(text)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
-            raise RecipeError(f"{override!r}: the value is not YAML: {error}") from error
-        for name in reversed(key.split(".")):
+            raise RecipeError(f"{shortened(override)}: the value is not YAML: {error}") from error
+        for name in reversed(names):
             value = {name: value}
         settings = _merged(settings, value)
     return settings
@@ -239,13 +255,21 @@ def explain_errors(error: ValidationError, model: type[BaseModel]) -> str:
     return "\n".join(_explain(e, model) for e in last)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """A YAML file merged over those that it extends, if any."""
-    path = path.resolve()
+def _read(path: Path, seen: tuple[Path, ...], merged: dict[Path, dict[str, Any]] | None = None) -> dict[str, Any]:
+    """A YAML file merged over those that it extends, if any; ``merged`` holds the files that were read before."""
+    merged = {} if merged is None else merged
+    try:
+        path = path.resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle, or a name too long
+        raise RecipeError(f"{shortened(str(path))} cannot be read: {error}") from error
     if path in seen:
         raise RecipeError(f"{path} extends itself: " + " -> ".join(p.name for p in (*seen, path)))
+    if path in merged:  # two bases may share theirs; their number would double with every generation
+        return merged[path]
+    if len(merged) + len(seen) >= MOST_FILES:
+        raise RecipeError(f"{path}: the recipe extends more than {MOST_FILES} files")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = load_yaml(read_text(path, MOST_RECIPE))
     except FileNotFoundError as error:
         raise RecipeError(f"{path} does not exist{_nearest_file(path)}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -257,11 +281,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     extended = settings.pop("extends", None) or []
     bases = [extended] if isinstance(extended, str) else extended
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise RecipeError(f"{path}: extends={extended!r} must be the path of another recipe, or a list of paths")
+        raise RecipeError(
+            f"{path}: extends={shortened(extended)} must be the path of another recipe, or a list of paths"
+        )
     below: dict[str, Any] = {}
     for base in bases:
-        below = _merged(below, _read(path.parent / base, (*seen, path)))
-    return _merged(below, settings)
+        below = _merged(below, _read(path.parent / base, (*seen, path), merged))
+    merged[path] = _merged(below, settings)
+    return merged[path]
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -277,11 +304,12 @@ def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def _validate(settings: dict[str, Any], where: str) -> Recipe:
     method = settings.get("method", {})
     if not isinstance(method, dict):
-        raise RecipeError(f"{where}: method={method!r} must be a section, such as method.name=simclr")
+        raise RecipeError(f"{where}: method={shortened(method)} must be a section, such as method.name=simclr")
     method = {"name": "simclr", **method}
     name = method["name"]
-    if name not in method_names():
-        raise RecipeError(f"{where}: method.name={name!r} is not known; {_suggest(str(name), method_names())}")
+    if not isinstance(name, str) or name not in method_names():
+        told = shortened(name)
+        raise RecipeError(f"{where}: method.name={told} is not known; {_suggest(told.strip(chr(39)), method_names())}")
     config = find_method(name).Config
     model = create_model("Recipe", __base__=Recipe, method=(config, ...))
     try:
@@ -293,18 +321,18 @@ def _validate(settings: dict[str, Any], where: str) -> Recipe:
 
 def _explain(error: Any, model: type[BaseModel]) -> str:
     """One line for one of pydantic's errors: key, value, what was expected."""
-    location = [str(part) for part in error["loc"]]
-    key, value = ".".join(location), error["input"]
+    location = [str(part)[:100] for part in error["loc"]]
+    key, value = ".".join(location), shortened(error["input"])
     if error["type"] == "extra_forbidden":
         fields = list(_model_at(model, location[:-1]).model_fields)
-        return f"{key}={value!r}: there is no such key; {_suggest(location[-1], fields)}"
+        return f"{key}={value}: there is no such key; {_suggest(location[-1], fields)}"
     if error["type"] == "literal_error":
         choices = [str(c) for c in get_args(_annotation_at(model, location))]
-        return f"{key}={value!r}: {_suggest(str(value), choices) if choices else error['msg']}"
+        return f"{key}={value}: {_suggest(value.strip(chr(39)), choices) if choices else error['msg']}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}={value!r}: {message[0].lower()}{message[1:]}"
+    return f"{key}={value}: {message[0].lower()}{message[1:]}"
 
 
 def _model_at(model: type[BaseModel], location: Sequence[str]) -> type[BaseModel]:

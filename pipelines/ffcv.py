@@ -17,7 +17,7 @@ from kernels.crop import numba_crop_resize
 from pipelines.jpeg.decoder import JpegError, jpeg_decoder, why_no_jpeg_decoder
 from pipelines.native import Decoder, NativeLoader, Stored
 from pipelines.packed.images import BetonImages
-from pipelines.stored.images import DataError
+from pipelines.stored.images import DataError, upright_jpeg
 
 
 class FFCVLoader(NativeLoader):
@@ -55,8 +55,8 @@ class FFCVDecoder:
 
     def header(self, data: Stored) -> Any:
         """Sizes are in the table of a .beton, and what is in one is upright RGB."""
-        if bytes(data[:2]) != b"\xff\xd8":
-            raise JpegError(0, "not a JPEG")
+        if upright_jpeg(data) is None:
+            raise JpegError(0, "not an upright JPEG in gray or RGB, or too large")
         return SimpleNamespace(supported=True, orientation=1, height=0, width=0)
 
     def decode_crops(
@@ -82,6 +82,8 @@ class FFCVDecoder:
             out[:, place] = views
 
     def _decode(self, place: int, data: np.ndarray, height: int, width: int) -> np.ndarray:
+        if upright_jpeg(data) != (height, width):  # it would write beyond the end of the image
+            raise JpegError(place, f"its header says something else than {height} x {width} pixels")
         image = np.empty((height, width, 3), np.uint8)
         whole = height, width, 0, 0, 1, 1, False, False  # no crop, no scaling, no mirroring
         if self._imdecode(data.ctypes.data, data.size, height, width, image.ctypes.data, *whole):  # warnings too

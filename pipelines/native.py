@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.jpeg.decoder import MOST_PIXELS, JpegError, jpeg_decoder, why_no_jpeg_decoder
+from pipelines.jpeg.decoder import JpegError, jpeg_decoder, why_no_jpeg_decoder
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError, decode_bytes
 
@@ -140,7 +140,7 @@ class NativeLoader(StreamedLoader):
             return data
         try:
             header = self.decoder.header(data)
-            plain = header.supported and header.orientation == 1 and header.height * header.width <= MOST_PIXELS
+            plain = header.supported and header.orientation == 1
         except JpegError:
             plain = False  # perhaps a PNG
         return data if plain else decode_bytes(bytes(data), self.source.images.where(index))

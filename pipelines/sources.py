@@ -10,6 +10,7 @@ it, for choosing between models; `test` is the official test or validation part,
 from __future__ import annotations
 
 import difflib
+import errno
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -75,6 +76,19 @@ class DataConfig(LoaderConfig):
             nearest = f"the nearest are {', '.join(near)}; " if near else ""
             raise ValueError(f"unknown data source {source!r}; {nearest}there are {', '.join(SETS)}")
         return source
+
+    @field_validator("root", "class_list")
+    @classmethod
+    def _could_be_there(cls, path: Path | None) -> Path | None:
+        try:
+            if path is not None:
+                os.stat(path.expanduser())
+        except RuntimeError as error:
+            raise ValueError(f"the home directory in {path} is not known") from error
+        except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise ValueError("the path is too long for this machine") from error
+        return path
 
     @model_validator(mode="after")
     def _one_place(self) -> DataConfig:
@@ -187,7 +201,10 @@ def open_source(config: DataConfig, split: Split) -> Source:
 
 def read_part(config: DataConfig, part: Part, packed: PackedSet | None = None) -> Stored:
     """A stored part, whole: from the packed set, if there is one, or as its source keeps it."""
-    return SETS[config.source].read(config, part) if packed is None else packed.read(config, part)
+    try:
+        return SETS[config.source].read(config, part) if packed is None else packed.read(config, part)
+    except OSError as error:  # a folder that may not be entered, a disk that fails
+        raise DataError(f"{config.source}: cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

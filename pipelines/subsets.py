@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipelines.foreign import load_json, read_text
 from pipelines.stored.images import DataError, FileImages
 
 if TYPE_CHECKING:
@@ -112,11 +113,14 @@ def load_subset(path: Path, source: Source) -> Tensor:
     if path.suffix == ".txt":
         return listed_subset(path, source)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = load_json(read_text(path))
         name, split, content = record["source"], record["split"], record["content"]
         ids = torch.tensor(record["ids"], dtype=torch.int64)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"cannot read the label subset {path}: {error!r}; write one with save_subset") from error
+        if ids.ndim != 1:
+            raise ValueError("ids is not a list of numbers")
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"cannot read the label subset {path}: {reason}; write one with save_subset") from error
     if (name, split) != (source.name, source.split):
         raise DataError(
             f"label subset {path} was drawn from {name}/{split}, not from {source.name}/{source.split}; "
@@ -159,7 +163,7 @@ def listed_subset(path: Path, source: Source) -> Tensor:
             "use the original files, or an index file (.json)"
         )
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the label list {path}: {error}; expected one image name a line") from error
     names = [line.strip() for line in lines if line.strip()]

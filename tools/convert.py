@@ -190,6 +190,7 @@ def _verify(place: str, workers: int) -> int:
 def _config(source: str, root: Path | None, pairs: list[str]) -> DataConfig:
     from pydantic import ValidationError
 
+    from pipelines.foreign import load_yaml
     from pipelines.packed.files import is_url
     from pipelines.packed.manifest import read_manifest
     from pipelines.sources import SETS, DataConfig, DataError
@@ -213,7 +214,10 @@ def _config(source: str, root: Path | None, pairs: list[str]) -> DataConfig:
         if not equals or name not in _OVERRIDES or name == key:
             takes = ", ".join(f"data.{name}=..." for name in _OVERRIDES)
             raise _misuse(f"{pair!r}: expected one of {takes}; what a run selects of a set is set in its recipe")
-        settings[name] = yaml.safe_load(value)
+        try:
+            settings[name] = load_yaml(value)
+        except yaml.YAMLError as error:
+            raise _misuse(f"{pair!r}: the value is not YAML: {error}") from None
     try:
         return DataConfig(**settings)
     except ValidationError as error:
@@ -252,8 +256,10 @@ def _readable_errors() -> Iterator[None]:
 
 
 def _printable(text: str) -> str:
-    """With names that are not UTF-8 escaped: a terminal cannot show them."""
-    return text.encode(errors="backslashreplace").decode()
+    """With control characters, and names that are not UTF-8, as escapes: a terminal cannot show them."""
+    from pipelines.foreign import printable
+
+    return printable(text)
 
 
 def _cores() -> int:

@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipelines.config import LoaderConfig
+from pipelines.foreign import MOST_RECIPE, load_json, load_yaml, read_text
 from pipelines.plain_views import plain_batches, ten_crop_batches
 from pipelines.sources import DataConfig, Source
 from trainers.dropout import add_dropout
 from trainers.encoders import EncoderConfig, build_encoder
-from trainers.state import CheckpointError, find_checkpoint, load_strict
+from trainers.state import CheckpointError, damage_named, find_checkpoint, load_strict
+from trainers.weights import check_state, image_facts, load_metadata, load_tensors, save_tensors
 
 BATCH_SIZE = 256
 Statistics = tuple[float, float, float]
@@ -57,11 +58,9 @@ def load_encoder(path: Path) -> FrozenEncoder:
     if path.suffix != ".safetensors" or not path.exists():
         raise CheckpointError(f"{path} is neither a run folder nor an existing .safetensors file")
     try:
-        with safe_open(path, "pt") as file:
-            about = (file.metadata() or {}).get("twinstream")
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        about, tensors = load_metadata(path).get("twinstream"), load_tensors(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if about is None:
         raise CheckpointError(f"{path} does not say which architecture it holds: no 'twinstream' metadata")
     return _assemble(str(path), tensors, about, path.parent / "evaluations", None)
@@ -167,7 +166,7 @@ def _from_first(value: T, group: dist.ProcessGroup | None) -> T:
 
 def _store(path: Path, features: Tensor) -> None:
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({"features": features.cpu().contiguous()}, draft)
+    save_tensors(draft, {"features": features})
     draft.replace(path)
 
 
@@ -175,11 +174,11 @@ def _cached(path: Path, images: int) -> Tensor | None:
     if not path.exists():
         return None
     try:
-        features = load_file(path)["features"]
+        features = load_tensors(path)["features"]
     except Exception as error:  # a damaged cache costs a recomputation, nothing else
         print(f"{path} cannot be read ({error}); extracting again")
         return None
-    return features if features.shape[-2] == images else None
+    return features if features.ndim >= 2 and features.shape[-2] == images else None
 
 
 @torch.no_grad()
@@ -225,20 +224,22 @@ def _from_run(run: Path) -> FrozenEncoder:
     if not recipe_path.exists():
         raise CheckpointError(f"{run} is not a run folder: it has no recipe.yaml")
     try:
-        data = DataConfig(**yaml.safe_load(recipe_path.read_text())["data"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        data = DataConfig(**load_yaml(read_text(recipe_path, MOST_RECIPE))["data"])
+    except (yaml.YAMLError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{recipe_path} is damaged: {error}") from error
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise CheckpointError(f"{run} has no whole checkpoint yet")
-    tensors = {
-        name.removeprefix("encoder."): value
-        for name, value in load_file(checkpoint / "method.safetensors").items()
-        if name.startswith("encoder.")
-    }
-    state = json.loads((checkpoint / "state.json").read_text())
+    with damage_named(checkpoint):
+        tensors = {
+            name.removeprefix("encoder."): value
+            for name, value in load_tensors(checkpoint / "method.safetensors").items()
+            if name.startswith("encoder.")
+        }
+        state = check_state(load_json(read_text(checkpoint / "state.json")))
+        about = json.dumps(state["encoder"])
     label = f"{run.name} ({checkpoint.name})"
-    encoder = _assemble(label, tensors, json.dumps(state["encoder"]), run / "evaluations", data)
+    encoder = _assemble(label, tensors, about, run / "evaluations", data)
     return replace(encoder, step=state["step"])
 
 
@@ -246,14 +247,13 @@ def _assemble(
     label: str, tensors: dict[str, Tensor], metadata: str, folder: Path, data: DataConfig | None
 ) -> FrozenEncoder:
     try:
-        about = json.loads(metadata)
-        size = int(about["image_size"])
+        about = load_json(metadata)
+        size, mean, std = image_facts(about)
         config = EncoderConfig(arch=about["arch"], stem=about["stem"])
         dropout = float(about.get("dropout", 0))
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}, expected at least 0 and below 1")
-        mean, std = (cast(Statistics, tuple(float(value) for value in about[name])) for name in ("mean", "std"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{label}: its 'twinstream' metadata is damaged: {error}") from error
     module = build_encoder(config, size)
     if dropout > 0:  # off in evaluation, unless trainers.dropout.mc_dropout turns it on

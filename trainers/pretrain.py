@@ -11,8 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from safetensors.torch import save_file
-
 from pipelines.batch import ViewBatch
 from pipelines.loading import Loader
 from trainers.engine import Engine
@@ -23,6 +21,7 @@ from trainers.state import (
     CheckpointConfig,
     CheckpointError,
     RunState,
+    damage_named,
     find_checkpoint,
     generator_states,
     load_checkpoint,
@@ -31,6 +30,7 @@ from trainers.state import (
     save_checkpoint,
 )
 from trainers.step import train_step
+from trainers.weights import save_tensors
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 
@@ -131,7 +131,15 @@ def _resume(run: Run) -> int:
             f"{path} is not there on rank {ranks.rank}; run.dir must be on storage that all ranks share"
         )
     state = load_checkpoint(path, ranks)
-    images = len(run.loader.source)
+    with damage_named(path):
+        _restore(run, state, path)
+    run.log.say(f"resuming from {path} (step {state.step})")
+    return state.step
+
+
+def _restore(run: Run, state: RunState, path: Path) -> None:
+    """Put back everything that ``save`` wrote."""
+    ranks, images = run.engine.ranks, len(run.loader.source)
     if state.values["images"] != images:
         raise CheckpointError(
             f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
@@ -149,8 +157,6 @@ def _resume(run: Run) -> int:
         restore_generators(state.sharded["generators"], ranks.device)
     if "loader" in state.sharded:
         run.loader.load_state(state.sharded["loader"]["state"])
-    run.log.say(f"resuming from {path} (step {state.step})")
-    return state.step
 
 
 def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch], float]]:
@@ -165,9 +171,8 @@ def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch]
 
 def _export_encoder(run: Run) -> None:
     """``encoder.safetensors``: torchvision's parameter names and, as metadata, how to rebuild and feed it."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in run.method.encoder.state_dict().items()}
     draft = run.directory / ".encoder.safetensors.tmp"
-    save_file(tensors, draft, metadata={"twinstream": json.dumps(run.export)})
+    save_tensors(draft, run.method.encoder.state_dict(), {"twinstream": json.dumps(run.export)})
     draft.replace(run.directory / "encoder.safetensors")
 
 

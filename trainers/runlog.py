@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import Section
+from pipelines.foreign import load_json, read_text
 from trainers.engine import Ranks
+from trainers.state import CheckpointError
 
 
 class LogConfig(Section):
@@ -165,10 +167,16 @@ class RunLog:
 def _readable_rows(path: Path) -> list[str]:
     """The complete rows of a jsonl file whose last line a kill may have cut short."""
     rows = []
-    for line in path.read_text().splitlines(keepends=True):
+    try:
+        text = read_text(path, errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for line in text.splitlines(keepends=True):
         try:
-            json.loads(line)
+            row = load_json(line)
         except ValueError:
+            break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             break
         rows.append(line if line.endswith("\n") else line + "\n")
     return rows

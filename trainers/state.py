@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipelines.config import Section
+from pipelines.foreign import check_regular, load_json, printable, read_text
+from pipelines.stored.images import DataError
 from trainers.engine import Ranks
+from trainers.weights import check_state, load_tensors, save_tensors
 
 FORMAT = 1
 LOCK = ".lock"
@@ -38,6 +40,9 @@ class CheckpointConfig(Section):
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be read or does not belong to this run; the message says which file and why."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 @dataclass(slots=True)
@@ -123,7 +128,7 @@ def find_checkpoint(run_dir: Path) -> Path | None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file has the checksum in its manifest."""
     try:
-        sums = json.loads((path / "manifest.json").read_text())
+        sums = load_json(read_text(path / "manifest.json"))
         present = {file.name for file in path.iterdir()} - {"manifest.json"}
         if set(sums) != present:
             return f"files differ from the manifest: {', '.join(sorted(set(sums) ^ present))}"
@@ -138,13 +143,15 @@ def damage(path: Path) -> str | None:
 def load_checkpoint(path: Path, ranks: Ranks) -> RunState:
     """Read back what ``save_checkpoint`` wrote; raises CheckpointError if it was made by another number of ranks
     and holds per-rank shards."""
-    values = json.loads((path / "state.json").read_text())
+    with damage_named(path):
+        values = check_state(load_json(read_text(path / "state.json")))
     if values["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {values['format']}; this version reads format {FORMAT}")
     sharded: dict[str, dict[str, Tensor]] = {}
     for name in values["sharded"]:
         if values["world_size"] == ranks.world_size:
-            sharded[name] = load_file(path / _shard_name(name, ranks.rank))
+            with damage_named(path):
+                sharded[name] = load_tensors(path / _shard_name(name, ranks.rank))
         elif name == "loader":
             raise CheckpointError(
                 f"{path} holds where DALI's own readers stood on {values['world_size']} ranks, this run has"
@@ -156,8 +163,22 @@ def load_checkpoint(path: Path, ranks: Ranks) -> RunState:
                 " resume with as many, or use engine.zero_stage=0"
             )
     shards = {_shard_name(name, rank) for name in values["sharded"] for rank in range(values["world_size"])}
-    shared = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors")) if file.name not in shards}
+    with damage_named(path):
+        files = sorted(file for file in path.glob("*.safetensors") if file.name not in shards)
+        shared = {file.stem: load_tensors(file) for file in files}
     return RunState(values["step"], shared, sharded, values)
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """What goes wrong with the content of a checkpoint, as a CheckpointError: the checksums are no proof of origin."""
+    try:
+        yield
+    except (CheckpointError, DataError):
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise CheckpointError(f"{path} holds something else than a run writes: {reason}") from error
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
@@ -210,7 +231,7 @@ def _shard_name(name: str, rank: int) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    save_tensors(path, tensors)
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -238,5 +259,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _sha256(path: Path) -> str:
+    check_regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

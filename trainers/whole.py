@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from pydantic import ValidationError
-from safetensors.torch import load_file
 
+from pipelines.foreign import MOST_RECIPE, load_json, load_yaml, read_text
 from pipelines.order import count_steps
 from pipelines.sources import DataConfig, describe
 from pipelines.views import ViewsConfig
 from trainers.encoders import EncoderConfig, build_encoder
 from trainers.methods import BaseMethod, Facts, MethodConfig, build_method, find_method, method_names
-from trainers.state import CheckpointError, find_checkpoint, load_strict
+from trainers.state import CheckpointError, damage_named, find_checkpoint, load_strict
+from trainers.weights import check_state, image_facts, load_tensors
 
 
 def method_config(run: Path) -> MethodConfig:
@@ -42,20 +42,21 @@ def load_method(run: Path, step: int | None = None) -> BaseMethod:
     if checkpoint is None or not checkpoint.exists():
         raise CheckpointError(f"{run} has no whole checkpoint{'' if step is None else f' of step {step}'}")
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
+        state = check_state(load_json(read_text(checkpoint / "state.json")))
         data = DataConfig.model_validate(recipe["data"])
         views = ViewsConfig.model_validate(recipe["views"])
         about, images, batch = state["encoder"], int(state["images"]), int(recipe["batch_size"])
-        mean, std = (tuple(float(value) for value in about[name]) for name in ("mean", "std"))
-        size, encoder = int(about["image_size"]), EncoderConfig(arch=about["arch"], stem=about["stem"])
+        size, mean, std = image_facts(about)
+        encoder = EncoderConfig(arch=about["arch"], stem=about["stem"])
         steps = count_steps(images, batch, data.last)
         total, seed = int(recipe["epochs"]) * steps, int(recipe["seed"])
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} or its run's recipe.yaml is damaged: {error!r}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint} or its run's recipe.yaml is damaged: {reason}") from error
     facts = Facts(
         image_size=size,
-        mean=(mean[0], mean[1], mean[2]),
-        std=(std[0], std[1], std[2]),
+        mean=mean,
+        std=std,
         images=images,
         classes=describe(data).num_classes,
         multi_label=False,
@@ -68,14 +69,16 @@ def load_method(run: Path, step: int | None = None) -> BaseMethod:
     )
     with torch.random.fork_rng(devices=()):  # the weights drawn are overwritten
         method = build_method(_method_of(recipe, run), build_encoder(encoder, size), facts)
-    load_strict(method, load_file(checkpoint / "method.safetensors"), f"{checkpoint}/method.safetensors")
+    with damage_named(checkpoint):
+        tensors = load_tensors(checkpoint / "method.safetensors")
+    load_strict(method, tensors, f"{checkpoint}/method.safetensors")
     return method.eval().requires_grad_(False)
 
 
 def _recipe(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = load_yaml(read_text(path, MOST_RECIPE))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
@@ -91,6 +94,6 @@ def _method_of(recipe: dict[str, Any], run: Path) -> MethodConfig:
         kind: type[MethodConfig] = find_method(settings["name"]).Config
         config = kind.model_validate(settings)
     except (KeyError, TypeError, ValueError) as error:  # pydantic's ValidationError is a ValueError
-        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else repr(error)
+        detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{run}/recipe.yaml: its method section is damaged: {detail}") from error
     return config

@@ -1,6 +1,6 @@
 /* Crops of JPEGs: one decode of the region that all crops of an image need, then an antialiased resize of each.
  *
- * Built and called by kernels/jpeg.py. No function has memory of its own: any number of threads may call at once.
+ * Built and called by decoder.py. No function has memory of its own: any number of threads may call at once.
  * Those that can fail leave one line in `message` (MESSAGE bytes).
  *
  * Pixels are those of a whole decode with the accurate integer DCT and smooth chroma upsampling, as Pillow's and
@@ -22,6 +22,7 @@
 
 #define MESSAGE 256
 #define MOST_SCANS 500              /* progressive files have about ten, and each costs a pass over the image */
+#define MOST_WORK 2000000000LL      /* scans times pixels: a few seconds */
 #define FARTHEST ((int64_t)1 << 30) /* bound of a box's coordinates: their sums are exact in every type used */
 
 typedef struct { /* an encoded image and the size that its header must state */
@@ -153,7 +154,10 @@ static void warn(j_common_ptr info, int level) {
 }
 
 static void count_scans(j_common_ptr info) {
-    if (((j_decompress_ptr)info)->input_scan_number > MOST_SCANS) refuse(info->client_data, "too many scans");
+    const j_decompress_ptr image = (j_decompress_ptr)info;
+    const int64_t scans = image->input_scan_number;
+    if (scans > MOST_SCANS || scans * image->image_height * image->image_width > MOST_WORK)
+        refuse(info->client_data, "too many scans");
 }
 
 static void open_decoder(Decoder *decoder) { /* may jump */

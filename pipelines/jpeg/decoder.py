@@ -16,10 +16,10 @@ from threading import Lock
 import numpy as np
 
 from pipelines.jpeg.c_library import CannotCompileError, c_library
+from pipelines.stored.encoded import MOST_PIXELS
 
 Encoded = bytes | bytearray | memoryview | np.ndarray
 
-MOST_PIXELS = 2**26  # 192 MB decoded: a header may promise 4 billion
 _MESSAGE_BYTES = 256
 
 

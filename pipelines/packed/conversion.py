@@ -172,6 +172,8 @@ def _plan(journal: Journal, source: SetSource, options: Options) -> Estimate:
         settings["bytes"] = total
     else:
         settings = journal.settings
+        if not {"bytes", *(part.name for part in source.parts)} <= settings.keys() or min(settings.values()) < 1:
+            raise DataError(f"{journal.folder}/plan.json is damaged; remove {journal.destination} and begin again")
     written = sum(path.stat().st_size for path in journal.destination.iterdir() if path.is_file())
     free = shutil.disk_usage(journal.destination).free
     estimate = Estimate(sum(len(part.index) for part in source.parts), settings["bytes"], written, free)

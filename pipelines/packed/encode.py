@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.stored.encoded import open_image
 from pipelines.stored.images import DataError, Images, decode_bytes
 
 Format = Literal["ffcv", "webdataset", "tfrecord"]
@@ -124,10 +124,7 @@ def decode_checked(data: bytes | np.ndarray) -> tuple[Header, np.ndarray]:
     if not len(data):
         raise BadImage("the file is empty")
     header = read_header(data)
-    most = Image.MAX_IMAGE_PIXELS
-    if most is not None and header.height * header.width > most:
-        raise BadImage(f"{header.height:,} x {header.width:,} pixels are more than Pillow's limit of {most:,}")
-    decoder = _jpeg_decoder(header.height * header.width) if header.plain_jpeg else None
+    decoder = _jpeg_decoder() if header.plain_jpeg else None
     try:
         pixels = decoder.decode(data) if decoder is not None and decoder.header(data).supported else None
         if pixels is None or header.orientation != 1:
@@ -139,10 +136,7 @@ def decode_checked(data: bytes | np.ndarray) -> tuple[Header, np.ndarray]:
 
 def read_header(data: bytes | np.ndarray) -> Header:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # callers compare sizes themselves
-            image = Image.open(io.BytesIO(bytes(data)))
-        with image:
+        with open_image(io.BytesIO(bytes(data))) as image:
             width, height = image.size
             # Looking for EXIF behind the pixels would decode a PNG whole.
             told = image.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info)
@@ -187,17 +181,12 @@ def _encoded(data: bytes, pixels: np.ndarray, encoding: Encoding, options: Optio
 
 
 @functools.cache
-def _decoder() -> tuple[Any, int]:
+def _jpeg_decoder() -> Any | None:
     try:
-        from pipelines.jpeg.decoder import MOST_PIXELS, jpeg_decoder
+        from pipelines.jpeg.decoder import jpeg_decoder
     except ImportError:
-        return None, 0
-    return jpeg_decoder(), MOST_PIXELS
-
-
-def _jpeg_decoder(pixels: int) -> Any | None:
-    decoder, most = _decoder()
-    return decoder if pixels <= most else None
+        return None
+    return jpeg_decoder()
 
 
 def _reason(error: Exception) -> str:

@@ -8,15 +8,45 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field, ValidationError, model_validator
 
+from pipelines.config import Section
+from pipelines.foreign import read_text
+from pipelines.packed.manifest import Shard
 from pipelines.packed.worker import PARTIAL, write_file
 from pipelines.stored.images import DataError
 
 FOLDER = ".conversion"
 _DATA = r"(train|test)(\.beton|\.index\.npz|-\d{5,}\.(tar|tfrecord|idx))"
+
+
+class _Plan(Section):
+    identity: dict[str, Any]
+    settings: dict[str, int]
+
+
+Counts = list[Annotated[int, Field(ge=0, lt=2**63)]]
+
+
+class _Entry(Section):
+    """What `worker.convert_chunk` returns: a finished chunk."""
+
+    part: Literal["train", "test"]  # it becomes the name of a file
+    chunk: int = Field(ge=0)
+    rows: dict[Literal["index", "height", "width", "raw", "offset", "length"], Counts] = Field(min_length=6)
+    shard: Shard | None
+    encodings: dict[Literal["kept", "encoded", "raw"], int]
+    sums: list[tuple[float, float, float]] = Field(min_length=2, max_length=2)
+    skipped: list[dict[str, Any]]
+
+    @model_validator(mode="after")
+    def _as_many_in_all_columns(self) -> _Entry:
+        if len({len(values) for values in self.rows.values()}) != 1:
+            raise ValueError("its columns are not equally long")
+        return self
 
 
 class Journal:
@@ -83,18 +113,22 @@ class Journal:
             shutil.rmtree(self.folder)
         self._lock.close()
 
+    def _damaged(self, path: Path, error: Exception) -> DataError:
+        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+        return DataError(f"{path} is damaged: {reason}; remove {self.destination} and begin again")
+
     def _load(self) -> None:
         plan = self.folder / "plan.json"
         if not plan.is_file():
             return
         try:
-            told = json.loads(plan.read_text())
-        except ValueError as error:
-            raise DataError(f"{plan} is damaged: {error}; remove {self.destination} and begin again") from error
-        refuse_difference(self.destination, "an unfinished conversion", told["identity"], self._identity)
+            told = _Plan.model_validate_json(read_text(plan))
+        except (OSError, ValueError) as error:
+            raise self._damaged(plan, error) from error
+        refuse_difference(self.destination, "an unfinished conversion", told.identity, self._identity)
         with open(self.worker_lock, "a") as file:  # workers that outlived their parent finish what they are writing
             fcntl.flock(file, fcntl.LOCK_EX)
-        self.settings = told["settings"]
+        self.settings = dict(told.settings)
         journal = self.folder / "journal.jsonl"
         if journal.is_file():
             whole, entries = 0, {}
@@ -103,7 +137,10 @@ class Journal:
                     if not line.endswith(b"\n"):
                         break  # a kill may leave half a line
                     whole += len(line)
-                    entry = _compact(json.loads(line))
+                    try:
+                        entry = _compact(_Entry.model_validate_json(line).model_dump())
+                    except ValueError as error:
+                        raise self._damaged(journal, error) from error
                     # A chunk that was done twice, because its file was lost, counts as it was done last.
                     entries[entry["part"], entry["chunk"]] = entry
             os.truncate(journal, whole)

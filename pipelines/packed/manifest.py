@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -15,6 +15,9 @@ from pipelines.stored.images import DataError
 
 NAME = "manifest.json"
 RGB = tuple[float, float, float]
+Deviation = Annotated[float, Field(gt=1e-6, le=1)]  # pixels are divided by it
+MOST_BYTES = 1 << 28  # of a manifest; a shard takes 200
+_MARK = b'"twinstream-packed"'
 
 
 class Shard(Section):
@@ -39,7 +42,7 @@ class Part(Section):
 
     count: int = Field(ge=1)
     skipped: int = Field(ge=0)  # images of the source that could not be packed; skipped.jsonl names them
-    shards: tuple[Shard, ...]
+    shards: tuple[Shard, ...] = Field(min_length=1)
     height: Range
     width: Range
     kept: int  # JPEGs stored as they were
@@ -54,8 +57,8 @@ class Statistics(Section):
     """What the source measured of itself where no paper says: the same after packing."""
 
     mean: RGB
-    std: RGB
-    image_size: int
+    std: tuple[Deviation, Deviation, Deviation]
+    image_size: int = Field(ge=1, le=65_535)
 
 
 class Manifest(Section):
@@ -90,12 +93,14 @@ def read_manifest(folder: str) -> Manifest | None:
     if not exists(place):
         return None
     file = find_file(place)
-    data = read_at(file, 0, file.size)
-    if b'"twinstream-packed"' not in data:
+    data = read_at(file, 0, min(file.size, MOST_BYTES))
+    if _MARK not in data:
         return None  # somebody else's file, in a folder of images
     if is_url(folder):
         read_at(file, 0, 1)  # tells on this small file whether the server knows ranges
     try:
+        if file.size > MOST_BYTES:
+            raise ValueError(f"it has {file.size:,} bytes, more than {MOST_BYTES:,}")
         content = json.loads(data)
         checksum = content.pop("checksum", None)
         manifest = Manifest.model_validate_json(json.dumps(content))
@@ -103,6 +108,9 @@ def read_manifest(folder: str) -> Manifest | None:
             raise ValueError("it has no checksum: it was edited, or made before there was one")
         if checksum != _checksum(content):
             raise ValueError("its checksum is not that of its content: it was edited or damaged")
+        for name, part in manifest.parts.items():
+            if part.class_counts is not None and len(part.class_counts) != len(manifest.classes):
+                raise ValueError(f"parts.{name} counts {len(part.class_counts)} of {len(manifest.classes)} classes")
         if manifest.options.get("to") not in ("ffcv", "webdataset", "tfrecord"):
             raise ValueError(f"packed as {manifest.options.get('to')!r}")
     except ValidationError as error:

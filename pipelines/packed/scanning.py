@@ -11,6 +11,7 @@ from pipelines.packed.files import StoredFile, read_at
 from pipelines.packed.table import Table
 from pipelines.packed.tar import Scanned, scan_tar
 from pipelines.packed.tfrecord import scan_tfrecord
+from pipelines.stored.encoded import MOST_BYTES
 from pipelines.stored.images import DataError
 
 _HEAD = 1 << 16  # bytes in which an image's size usually stands
@@ -46,6 +47,8 @@ def scan_shards(files: Sequence[StoredFile], kind: Format) -> tuple[Table, list[
 
 
 def _size(file: StoredFile, sample: Scanned) -> tuple[int, int]:
+    if sample.length > MOST_BYTES:
+        raise DataError(f"{file.place}: the image at byte {sample.offset:,} has {sample.length:,} bytes")
     for length in (min(_HEAD, sample.length), sample.length):
         try:
             header = read_header(read_at(file, sample.offset, length))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from pipelines.stored.encoded import MOST_BYTES, MOST_PIXELS
 from pipelines.stored.images import DataError
 
 
@@ -69,8 +70,10 @@ def check_table(table: Table, file_sizes: Sequence[int], name: str) -> None:
     ends = np.asarray(file_sizes, dtype=np.int64)[table.shard]
     # Written so that no sum can overflow.
     refuse((table.length > ends) | (table.offset > ends - table.length), "lies beyond the end of its file")
-    pixels = table.height.astype(np.int64) * table.width * 3
-    refuse(table.raw & (table.length != pixels), "has raw pixels that do not match its height and width")
+    pixels = table.height.astype(np.int64) * table.width
+    refuse(pixels > MOST_PIXELS, f"has more than {MOST_PIXELS:,} pixels by the table")
+    refuse(~table.raw & (table.length > MOST_BYTES), f"has more than {MOST_BYTES:,} bytes by the table")
+    refuse(table.raw & (table.length != 3 * pixels), "has raw pixels that do not match its height and width")
     refuse(np.concatenate([[False], np.diff(table.index) == 0]), "is there twice")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.foreign import load_json
 from pipelines.packed.files import StoredFile, read_at
 from pipelines.stored.images import EXTENSIONS, DataError
 
@@ -22,6 +23,7 @@ _BLOCK = 512
 END = bytes(2 * _BLOCK)
 _LONGEST = {"cls": 1 << 16, "index": 1 << 10}  # bytes; a thousand classes take 5 kB
 _LONGEST_HEADER = 1 << 16  # bytes of a long name, or of a pax header
+_OTHER = (tarfile.DIRTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)  # passed over
 _READ = 1 << 23  # bytes at a time, where all are looked at
 
 
@@ -126,9 +128,19 @@ def _members(file: StoredFile) -> Iterator[Member]:
             else:
                 name = told.rstrip(b"\0").decode("utf-8", "surrogateescape")
         else:
-            if facts.isreg():
-                yield Member(name or facts.name, data, length)
+            name = name or facts.name
+            if facts.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE):
+                _check_name(file, name)
+                yield Member(name, data, length)
+            elif facts.type not in _OTHER:
+                raise DataError(f"{file.place}: {name} is a link, a device or a sparse file; a shard holds files alone")
             name, size = "", None
+
+
+def _check_name(file: StoredFile, name: str) -> None:
+    """Nothing is unpacked here, but whoever unpacks the shard should find it in the folder that he chose."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise DataError(f"{file.place}: {name} lies outside of the folder that the shard is unpacked to")
 
 
 def _check_end(file: StoredFile, at: int) -> None:
@@ -199,11 +211,7 @@ def _whole(text: str) -> int:
 def _label(text: str) -> int | list[float]:
     if not text.lstrip().startswith("["):
         return checked_label(_whole(text))
-    try:
-        values = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("lists within lists, expected one of numbers") from error
-    return checked_label(values)
+    return checked_label(load_json(text))
 
 
 def checked_label(label: int | list[float]) -> Any:

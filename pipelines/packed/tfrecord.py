@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from pipelines.stored.images import DataError
 Value = bytes | list[int] | list[float]
 _AROUND = 16  # bytes of a record besides the message
 _MOST_NUMBERS = 1 << 20  # in a list; as Python's numbers they take 36 bytes each
+_MOST_BYTES = 1 << 30  # of a record, an image with its label
+_MOST_FIELDS = 1 << 16  # of a record; ours has five features of five fields
 _LENGTH_DELIMITED, _VARINT, _FIXED32 = 2, 0, 5  # protobuf's wire types
 
 
@@ -69,6 +72,8 @@ def _records(file: StoredFile) -> Iterator[tuple[int, bytes]]:
         (length,) = struct.unpack("<Q", head[:8])
         if length > file.size - at - _AROUND:
             raise DataError(f"{file.place}: the record at byte {at:,} has {length:,} bytes; the shard was cut off")
+        if length > _MOST_BYTES:
+            raise DataError(f"{file.place}: the record at byte {at:,} has {length:,} bytes, more than {_MOST_BYTES:,}")
         body = read_at(file, at + 12, length + 4)
         if body[-4:] != _checksum(body[:-4]):
             raise DataError(f"{file.place}: the record at byte {at:,} has a wrong checksum; the shard is damaged")
@@ -133,27 +138,47 @@ def parse_example(message: bytes) -> dict[str, tuple[Value, int]]:
         ValueError: not a tf.train.Example.
     """
     found: dict[str, tuple[Value, int]] = {}
-    for number, first, last in _submessages(message, 0, len(message)):
+    room = _Room()
+    for number, first, last in _submessages(message, 0, len(message), room):
         if number != 1:
             continue
-        for _, entry, entry_end in _submessages(message, first, last):
+        for _, entry, entry_end in _submessages(message, first, last, room):
             key, feature = "", (0, 0)
-            for place, begin, end in _submessages(message, entry, entry_end):
+            for place, begin, end in _submessages(message, entry, entry_end, room):
                 if place == 1:
                     key = message[begin:end].decode("utf-8", "replace")
                 elif place == 2:
                     feature = begin, end
-            for kind, begin, end in _submessages(message, *feature):
-                found[key] = _list(message, kind, begin, end)
+            for kind, begin, end in _submessages(message, *feature, room):
+                found[key] = _list(message, kind, begin, end, room)
     return found
 
 
-def _list(message: bytes, kind: int, begin: int, end: int) -> tuple[Value, int]:
+@dataclass(slots=True)
+class _Room:
+    """How much of a record may still be taken apart: Python's numbers are forty times as large as packed ones."""
+
+    fields: int = _MOST_FIELDS
+    numbers: int = _MOST_NUMBERS
+
+    def take(self, numbers: int) -> None:
+        self.fields -= 1
+        self.numbers -= numbers
+        if self.numbers < 0:
+            raise ValueError(f"more than {_MOST_NUMBERS:,} numbers in lists; images are stored as bytes")
+        if self.fields < 0:
+            raise ValueError(f"not a tf.train.Example of an image: it has more than {_MOST_FIELDS:,} fields")
+
+
+def _list(message: bytes, kind: int, begin: int, end: int, room: _Room) -> tuple[Value, int]:
     ints: list[int] = []
     floats: list[float] = []
     for _, wire, value, first, last in _fields(message, begin, end):
-        if kind > 1 and max(last - first, len(ints), len(floats)) > _MOST_NUMBERS:
-            raise ValueError(f"a list of more than {_MOST_NUMBERS:,} numbers; images are stored as bytes")
+        if kind > 1:
+            room.fields += wire != _LENGTH_DELIMITED  # a number that is a field of its own counts as a number alone
+            room.take(1 if wire != _LENGTH_DELIMITED else last - first if kind == 3 else (last - first) // 4)
+        else:
+            room.take(0)
         if kind == 1 and wire == _LENGTH_DELIMITED:
             return message[first:last], first  # the first of a list: an image has one
         if kind == 2:
@@ -169,8 +194,9 @@ def _list(message: bytes, kind: int, begin: int, end: int) -> tuple[Value, int]:
     return [number - (1 << 64) if number >> 63 else number for number in ints], 0
 
 
-def _submessages(message: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+def _submessages(message: bytes, at: int, end: int, room: _Room) -> Iterator[tuple[int, int, int]]:
     for number, wire, _, first, last in _fields(message, at, end):
+        room.take(0)
         if wire == _LENGTH_DELIMITED:
             yield number, first, last
 

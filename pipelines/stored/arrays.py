@@ -6,13 +6,18 @@ A reader returns a whole stored part with its labels; what is held out, limited 
 
 from __future__ import annotations
 
+import math
 import pickle
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 
+from pipelines.foreign import check_regular
 from pipelines.stored.common import Part, Stored, download_or, missing, through_torchvision
 from pipelines.stored.images import ArrayImages, DataError
 from pipelines.subsets import stratified_draw
@@ -96,6 +101,8 @@ def read_stl10(config: DataConfig, part: Part) -> Stored:
 
     name = "test" if part == "test" else "train"
     labels = np.fromfile(folder / f"{name}_y.bin", dtype=np.uint8).astype(np.int64) - 1  # stored 1..10
+    if labels.min() < 0 or labels.max() >= len(STL10_CLASSES):
+        raise DataError(f"stl10: {name}_y.bin holds labels {labels.min() + 1} to {labels.max() + 1}, expected 1 to 10")
     parts = [pixels(name)]
     if part == "train+unlabelled":
         parts.append(pixels("unlabeled"))
@@ -107,9 +114,16 @@ def _file_size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else -1
 
 
+MOST_FASHION = 60_000 * 28 * 28 + 16  # bytes of its largest file
+
+
 def read_fashion_mnist(config: DataConfig, part: Part) -> Stored:
     from torchvision.datasets import FashionMNIST
 
+    # It reads them whole, whatever they are.
+    for path in (config.folder / "FashionMNIST" / "raw").glob("*-ubyte"):
+        if not path.is_file() or path.stat().st_size > MOST_FASHION:
+            raise DataError(f"fashion_mnist: {path} is no file of that set; unpack the original one again")
     stored = through_torchvision(
         config,
         lambda: FashionMNIST(config.folder, train=part != "test", download=config.download),
@@ -117,7 +131,13 @@ def read_fashion_mnist(config: DataConfig, part: Part) -> Stored:
         "FashionMNIST/raw/ with train-images-idx3-ubyte, train-labels-idx1-ubyte and the same of t10k",
         "the four files from https://github.com/zalandoresearch/fashion-mnist",
     )
-    images = ArrayImages(_gray_to_rgb(stored.data.numpy()))
+    gray, targets = stored.data.numpy(), stored.targets.numpy()
+    if gray.shape != (len(targets), 28, 28) or targets.ndim != 1 or targets.max(initial=0) >= len(stored.classes):
+        raise DataError(
+            f"fashion_mnist: {config.folder} holds images {gray.shape} and labels {targets.shape} up to "
+            f"{targets.max(initial=0)}; unpack the original files again"
+        )
+    images = ArrayImages(_gray_to_rgb(gray))
     return Stored(images, stored.targets.to(torch.int64), tuple(stored.classes))
 
 
@@ -134,8 +154,10 @@ def read_skin(config: DataConfig, part: Part) -> Stored:
     if not path.is_file():
         raise missing("skin", config.folder, layout, how)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            images, labels = archive["x_train"], archive["y_train"].reshape(-1)
+        images, labels = read_npz(path, ("x_train", "y_train"))
+        labels = labels.reshape(-1)
+        if labels.dtype.kind not in "iuf":
+            raise ValueError(f"y_train is {labels.dtype}")
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"skin: cannot read {path}: {error}; expected {layout}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
@@ -151,6 +173,45 @@ def read_skin(config: DataConfig, part: Part) -> Stored:
     return Stored(
         ArrayImages(images).select(rows), torch.from_numpy(labels[rows]), SKIN_CLASSES, torch.from_numpy(rows)
     )
+
+
+def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Arrays of an .npz, compressed or not; none is unpacked before it is known to be whole and to fit into memory.
+
+    Raises:
+        OSError, ValueError, KeyError: it cannot be read, is no .npz of plain numbers, or is too large; says why.
+    """
+    check_regular(path)
+    total = 0
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                facts = archive.getinfo(f"{name}.npy")
+                with archive.open(facts) as file:
+                    version = np.lib.format.read_magic(file)
+                    if version not in ((1, 0), (2, 0)):
+                        raise ValueError(f"{name} has version {version} of NumPy's format")
+                    read = (
+                        np.lib.format.read_array_header_1_0
+                        if version == (1, 0)
+                        else np.lib.format.read_array_header_2_0
+                    )
+                    shape, _, dtype = read(file)
+                    size, told = math.prod(shape) * dtype.itemsize, facts.file_size - file.tell()
+                if dtype.hasobject:
+                    raise ValueError(f"{name} holds pickled objects, which would be run")
+                if min(shape, default=1) < 0 or size != told:
+                    raise ValueError(f"{name} tells {shape} {dtype}, and has {told:,} bytes")
+                total += size
+        free = psutil.virtual_memory().available
+        if total > 0.8 * free:
+            raise ValueError(f"it unpacks to {total:,} bytes, and {free:,} are free")
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[name] for name in names]
+    except (OSError, ValueError, KeyError):
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen kinds
+        raise ValueError(str(error) or type(error).__name__) from error
 
 
 def _gray_to_rgb(gray: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,7 +110,7 @@ def through_torchvision(config: DataConfig, build: Callable[[], Any], name: str,
     """torchvision's data set; its errors become ours."""
     try:
         return build()
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except Exception as error:  # of whatever kind its readers raise
         if config.download:
             raise DataError(
                 f"{name}: downloading to {config.folder.absolute()} failed: {error}; check the network, "

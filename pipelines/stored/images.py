@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +16,18 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from pipelines.foreign import printable
+from pipelines.stored.encoded import check_scans, check_size, open_image
+
 # As torchvision.datasets.folder.IMG_EXTENSIONS; compared without regard to case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class DataError(ValueError):
-    """Stored data is missing, broken or does not fit what was asked of it."""
+    """Stored data is missing, broken or does not fit what was asked of it; one line, whatever files are called."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class Images(Protocol):
@@ -178,7 +183,7 @@ class FileImages:
 
     def read(self, index: int) -> bytes:
         try:
-            _check_regular(self.path(index))
+            check_size(self.path(index))
             return self.path(index).read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the image file {self.path(index)}: {error}") from error
@@ -254,9 +259,8 @@ def decode_bytes(data: bytes | np.ndarray, name: str, *, at_least: int | None = 
 
 def _decode(file: Path | io.BytesIO, name: str, at_least: int | None) -> np.ndarray:
     try:
-        if isinstance(file, Path):
-            _check_regular(file)
-        with Image.open(file) as image:
+        with open_image(file) as image:
+            check_scans(image)
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
@@ -272,8 +276,7 @@ def stored_size(path: Path) -> tuple[int, int]:
         DataError: as `decode`, as far as a header can tell.
     """
     try:
-        _check_regular(path)
-        with Image.open(path) as image:
+        with open_image(path) as image:
             width, height = image.size
             # Looking for EXIF behind the pixels would decode a PNG whole.
             told = image.format != "PNG" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info)
@@ -287,7 +290,9 @@ def stored_size(path: Path) -> tuple[int, int]:
 def upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:
     """(height, width) of a gray or RGB JPEG that needs no turning, by its header: what any decoder decodes alike."""
     try:
-        with Image.open(io.BytesIO(bytes(data))) as image:
+        encoded = bytes(data)
+        with open_image(io.BytesIO(encoded)) as image:
+            check_scans(image, encoded)
             if image.format != "JPEG" or image.mode not in ("L", "RGB") or image.getexif().get(0x0112, 1) != 1:
                 return None
             return image.height, image.width
@@ -295,19 +300,13 @@ def upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:
         return None
 
 
-def _check_regular(path: Path) -> None:
-    """Raise OSError for pipes, sockets and devices: opening one may wait for ever."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError("not a regular file")
-
-
 def _as_rgb(image: Image.Image) -> Image.Image:
     # "I;16" and its byte orders, and "I" where a version of Pillow widens 16-bit PNG.
     if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise ValueError(f"integer pixels from {values.min()} to {values.max()}, expected 0 to 65535")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no agreed range; store 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:

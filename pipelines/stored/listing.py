@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.stored.images import EXTENSIONS, DataError
 
+_MOST_WAYS = 100  # by which links may lead to one folder
 Inode = tuple[int, int]  # device and number
 
 
@@ -86,19 +88,27 @@ class _Level:
 
 def _walk(path: str, above: frozenset[Inode]) -> Iterator[_Level]:
     """`path` and every folder below it, links followed; `above`: what holds it."""
-    above |= {_inode(path)}
-    level = _Level(path, [], [], [])
-    for entry in _entries(path):
-        if not _is_folder(entry):
-            level.files.append(entry.name)
-        elif entry.is_symlink() and _inode(entry.path) in above:  # only a link can lead back
-            level.loops.append(entry.name)
-        else:
-            level.folders.append(entry.name)
-    level.folders.sort()
-    yield level
-    for name in level.folders:
-        yield from _walk(os.path.join(path, name), above)
+    waiting = [(path, above)]
+    ways: Counter[Inode] = Counter()
+    while waiting:
+        path, above = waiting.pop()
+        above |= {_inode(path)}
+        level = _Level(path, [], [], [])
+        for entry in _entries(path):
+            if not _is_folder(entry):
+                level.files.append(entry.name)
+            elif not entry.is_symlink():
+                level.folders.append(entry.name)
+            elif (inode := _inode(entry.path)) in above:  # only a link can lead back
+                level.loops.append(entry.name)
+            else:
+                level.folders.append(entry.name)
+                ways[inode] += 1
+                if ways[inode] > _MOST_WAYS:  # folders of links to folders of links: there is no end to it
+                    raise DataError(f"more than {_MOST_WAYS} links lead to the folder {entry.path}; remove them")
+        level.folders.sort()
+        yield level
+        waiting += [(os.path.join(path, name), above) for name in reversed(level.folders)]
 
 
 def _above(folder: Path) -> frozenset[Inode]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipelines.foreign import read_bytes, read_text
 from pipelines.stored.common import Part, Stored, download_or, missing, through_torchvision
 from pipelines.stored.images import EXTENSIONS, DataError, FileImages
 from pipelines.stored.listing import class_names, image_names, left_out
@@ -86,7 +87,7 @@ def _subset_list(folder: Path, root: Path, subset: int) -> Path:
 def read_class_list(path: Path) -> tuple[str, ...]:
     """Class folders named by a text file: the first word of each line; lines starting with # are left out."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read the class list {path}: {error}; expected one wnid a line") from error
     wnids = [line.split()[0] for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -111,8 +112,9 @@ def read_tiny_imagenet(config: DataConfig, part: Part) -> Stored:
         return _class_tree("tiny_imagenet", root / "val", layout, classes=classes)
     if not annotations.is_file():
         raise missing("tiny_imagenet", root / "val", layout, how)
-    lines = annotations.read_text(encoding="utf-8").splitlines()
+    lines = _listing("tiny_imagenet", annotations).splitlines()
     pairs = sorted((name, wnid) for name, wnid, *_ in (line.split("\t") for line in lines if "\t" in line))
+    check_inside("tiny_imagenet", annotations, [name for name, _ in pairs])
     unknown = sorted({wnid for _, wnid in pairs} - set(classes))
     if unknown:
         raise DataError(
@@ -121,6 +123,8 @@ def read_tiny_imagenet(config: DataConfig, part: Part) -> Stored:
     labels = torch.tensor([classes.index(wnid) for _, wnid in pairs], dtype=torch.int64)
     return Stored(FileImages(root / "val" / "images", [name for name, _ in pairs]), labels, classes)
 
+
+MOST_ANNOTATION = 1 << 24  # bytes of an image's XML
 
 # fmt: off
 VOC_CLASSES = (
@@ -147,9 +151,10 @@ def read_voc07(config: DataConfig, part: Part) -> Stored:
         root = _find(config.folder, places, marker)
     if root is None:
         raise missing("voc07", config.folder, layout, download_or(page))
-    stems = (root / marker).read_text(encoding="utf-8").split()
+    stems = _listing("voc07", root / marker).split()
     if not stems:
         raise DataError(f"voc07: {root / marker} is empty; expected one image name a line")
+    check_inside("voc07", root / marker, stems)
     labels = np.stack([_voc_labels(root / "Annotations" / f"{stem}.xml") for stem in stems])
     names = [f"{stem}.jpg" for stem in stems]
     return Stored(FileImages(root / "JPEGImages", names), torch.from_numpy(labels), VOC_CLASSES)
@@ -159,7 +164,7 @@ def _voc_labels(path: Path) -> np.ndarray:
     """[20] float32: 1 where the class is there, -1 where it is only there as 'difficult', 0 elsewhere."""
     labels = np.zeros(len(VOC_CLASSES), dtype=np.float32)
     try:
-        for item in ElementTree.parse(path).getroot().iter("object"):
+        for item in ElementTree.fromstring(read_bytes(path, MOST_ANNOTATION)).iter("object"):
             name = (item.findtext("name") or "").strip()
             if name not in VOC_CLASSES:
                 raise ValueError(f"unknown class {name!r}")
@@ -168,7 +173,7 @@ def _voc_labels(path: Path) -> np.ndarray:
                 labels[column] = 1
             elif labels[column] == 0:
                 labels[column] = -1
-    except (OSError, ElementTree.ParseError, ValueError) as error:
+    except (OSError, ElementTree.ParseError, LookupError, ValueError) as error:
         raise DataError(f"voc07: cannot read the annotation {path}: {error}; unpack the archives again") from error
     return labels
 
@@ -205,6 +210,20 @@ def _class_tree(
     labels = torch.repeat_interleave(torch.arange(len(classes)), torch.tensor([len(found) for found in by_class]))
     names = [path for found in by_class for path in found]
     return Stored(FileImages(folder, names), labels, tuple(classes), left_out=partial(left_out, folder, classes))
+
+
+def _listing(name: str, path: Path) -> str:
+    try:
+        return read_text(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{name}: cannot read {path}: {error}; unpack the archives again") from error
+
+
+def check_inside(name: str, listing: Path, names: Sequence[str]) -> None:
+    """Refuse names in a listing that would lead out of the folder of the images."""
+    for one in names:
+        if one.startswith("/") or ".." in one.split("/") or "\0" in one or not one:
+            raise DataError(f"{name}: {listing} names {one!r}, which is not in the folder of its images")
 
 
 def _find(folder: Path, places: Sequence[str], marker: str) -> Path | None:

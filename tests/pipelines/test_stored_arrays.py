@@ -173,7 +173,7 @@ def test_skin_is_split_as_beclr_split_it(tmp_path: Path) -> None:
         ({"x_train": noise(4, 8, 8, 3)}, "y_train"),
         ({"x_train": noise(4, 8, 8, 3), "y_train": np.array([0, 1, 2, 7])}, "labels 0 to 7"),
         ({"x_train": np.zeros((4, 8, 8, 3), np.float32), "y_train": np.zeros(4)}, "float32"),
-        ({"x_train": noise(4, 8, 8, 3), "y_train": np.array([{}] * 4, dtype=object)}, "allow_pickle"),
+        ({"x_train": noise(4, 8, 8, 3), "y_train": np.array([{}] * 4, dtype=object)}, "pickled objects"),
     ],
 )
 def test_a_bad_skin_file_is_refused(content: dict[str, np.ndarray], message: str, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from configs.recipe import RecipeError, explain_errors
+from pipelines.foreign import MOST_RECIPE, load_json, load_yaml, read_text
 from pipelines.sources import DataConfig
 from pipelines.views import ViewsConfig
 
@@ -130,7 +130,7 @@ def _read_run(path: Path, name: str, number: int) -> RunFolder:
 
 def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        recipe = yaml.safe_load(path.read_text())
+        recipe = load_yaml(read_text(path, MOST_RECIPE))
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"recipe.yaml cannot be read: {error}")
         return {}
@@ -143,7 +143,7 @@ def _read_recipe(path: Path, problems: list[str]) -> dict[str, Any]:
 def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     """The whole rows. A last line that is cut short, of a run that is being written or was killed, is no problem."""
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = read_text(path, errors="replace").splitlines()
     except FileNotFoundError:
         problems.append("there is no metrics.jsonl: nothing was logged yet, so there are no curves")
         return []
@@ -153,7 +153,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     rows, damaged = [], 0
     for number, line in enumerate(lines):
         try:
-            row = json.loads(line)
+            row = load_json(line)
         except ValueError:
             damaged += number < len(lines) - 1
             continue
@@ -170,7 +170,7 @@ def _read_rows(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 def _read_record(path: Path, problems: list[str]) -> Record | None:
     try:
-        values = json.loads(path.read_text())
+        values = load_json(read_text(path))
     except (OSError, ValueError) as error:
         problems.append(f"evaluations/{path.name} cannot be read: {error}")
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from configs.recipe import RecipeError, load_recipe, parse_overrides
+from pipelines.foreign import load_yaml, read_text
 
 
 def where_to_write(recipe: Path, output: Path | None, others: Sequence[str], *, force: bool) -> list[Path]:
@@ -74,6 +75,6 @@ def write_recipe(
 def _built_on(recipe: Path) -> set[Path]:
     """The files of a recipe that loads: itself and all that it extends."""
     path = recipe.resolve()
-    extended = (yaml.safe_load(path.read_text()) or {}).get("extends") or []
+    extended = (load_yaml(read_text(path)) or {}).get("extends") or []
     bases = [extended] if isinstance(extended, str) else extended
     return {path}.union(*(_built_on(path.parent / base) for base in bases))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,16 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pipelines.foreign import load_json, read_bytes, read_text
 from pipelines.sources import DataError
+from pipelines.stored.encoded import check_scans, open_image
+from pipelines.stored.trees import MOST_ANNOTATION, check_inside
 
 Target = dict[str, Tensor]
+MOST_ANNOTATIONS = 1 << 31  # bytes; COCO's training images have 0.45 GB of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,10 @@ def read_voc(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None =
         folder, _, name = part.rpartition("/")
         listing = root / folder / "ImageSets" / "Main" / f"{name}.txt"
         try:
-            stems = listing.read_text(encoding="utf-8").split()
+            stems = read_text(listing).split()
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"detect: cannot read {listing}: {error}; parts are named like VOC2007/trainval") from error
+        check_inside("detect", listing, stems)
         for stem in stems:
             annotation = root / folder / "Annotations" / f"{stem}.xml"
             found.append((root / folder / "JPEGImages" / f"{stem}.jpg", annotation, _voc_objects(annotation)))
@@ -88,7 +91,7 @@ def read_voc(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None =
 def _voc_objects(path: Path) -> list[tuple[str, list[float], bool]]:
     objects = []
     try:
-        for item in ElementTree.parse(path).getroot().findall("object"):
+        for item in ElementTree.fromstring(read_bytes(path, MOST_ANNOTATION)).findall("object"):
             name = (item.findtext("name") or "").strip()
             left, top, right, bottom = (
                 float(item.findtext(f"bndbox/{side}") or "missing") for side in ("xmin", "ymin", "xmax", "ymax")
@@ -109,7 +112,7 @@ def read_coco(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None 
     for part in parts:
         path = root / "annotations" / f"instances_{part}.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = load_json(read_text(path, MOST_ANNOTATIONS))
             categories = sorted((row["id"], row["name"]) for row in content["categories"])
             label_of = {number: label for label, (number, _) in enumerate(categories, start=1)}
             by_image: dict[Any, list[tuple[int, list[float], bool]]] = {row["id"]: [] for row in content["images"]}
@@ -119,7 +122,8 @@ def read_coco(root: Path, parts: Sequence[str], classes: tuple[str, ...] | None 
                 if width > 0 and height > 0:  # COCO has a few boxes without an area
                     by_image[row["image_id"]].append((label_of[row["category_id"]], box, bool(row.get("iscrowd", 0))))
             files = {row["id"]: root / part / row["file_name"] for row in content["images"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            check_inside("detect", path, [row["file_name"] for row in content["images"]])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DataError(f"detect: cannot read {path}: {reason}; parts are named like train2017") from error
         names = tuple(name for _, name in categories)
@@ -151,7 +155,8 @@ def _nonempty(found: DetectionSet, parts: str) -> DetectionSet:
 def load_image(path: Path) -> Tensor:
     """[3, H, W] float32 in [0, 1], as stored: annotations are of the pixels, not of an EXIF orientation."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
+            check_scans(image)
             pixels = np.array(image.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, …
         raise DataError(f"detect: cannot decode the image file {path}: {error}") from error

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors.torch import load_file
 from torch import Tensor
 
 from pipelines.sources import DataError, Source
@@ -18,7 +17,8 @@ from trainers.head_training import AugmentedRows, Choices, FeatureChoice, cached
 from trainers.linear import L2_GRID, fit_logistic, search_logistic
 from trainers.protocols import ClassificationSettings, Job, Result, Run, classification_result, labelled
 from trainers.scores import accuracy, top_accuracy
-from trainers.state import CheckpointError
+from trainers.state import CheckpointError, damage_named
+from trainers.weights import load_tensors
 
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -231,8 +231,9 @@ def _online(job: Job[Settings]) -> Result:
     if job.settings.labels != "all":
         raise DataError("head=online was fitted in pretraining, with all labels; remove labels")
     train, _, test = job.splits()
-    probe = load_file(path)
-    weight, bias = (probe[f"{name}"].to(job.device) for name in ("weight", "bias"))
+    with damage_named(checkpoint):
+        probe = load_tensors(path)
+        weight, bias = (probe[f"{name}"].to(job.device) for name in ("weight", "bias"))
     if len(weight) != test.num_classes:
         raise DataError(f"the online probe tells {len(weight)} classes apart, {test.name} has {test.num_classes}")
     test_rows = _test_rows(job, job.encoder, test, settings)
