@@ -77,6 +77,11 @@ class RunLog:
             self._task = self._progress.add_task("pretraining", total=self.total_steps, completed=step)
             self._progress.start()
 
+    def has_scores(self, step: int) -> bool:
+        """Whether the held-out scores of that step are written."""
+        rows = _readable_rows(self._path) if self._path.exists() else []
+        return any(row["step"] == step and any(k.startswith("holdout/") for k in row) for row in map(json.loads, rows))
+
     def close(self) -> None:
         if not self.active:
             return
