@@ -165,7 +165,8 @@ def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
     """Create the run folder with its ``recipe.yaml``, or make sure that an existing one is the same run.
 
     While there is no checkpoint anything may still change; afterwards only what does not change the training,
-    ``engine.accumulation`` (fewer ranks need more of it), and ``epochs``, upwards. Returns a remark for the user, if there is one to make.
+    ``engine.accumulation`` (fewer ranks need more of it), and ``epochs``, upwards. Returns a remark for the user, if
+    there is one to make.
 
     Raises:
         RecipeError: the folder holds a run of another recipe (the message lists the differences), or is not usable.

@@ -172,7 +172,7 @@ class CheckpointWriter:
         )
 
     def _clear_away(self, cause: str) -> str:
-        """Remove what was written and, of a full disk, what the checkpoint would have replaced; returns what is left."""
+        """Remove what was written and, if the disk is full, what it would have replaced; returns what is left."""
         try:
             shutil.rmtree(draft_path(self.run_dir, self._step), ignore_errors=True)
             whole = find_checkpoint(self.run_dir)

@@ -128,7 +128,7 @@ class Monitor:
             return {}
         try:
             return self._scores(self.holdout, stopped)
-        except _Stopped:
+        except _StoppedError:
             return None
 
     def _scores(self, holdout: Source, stopped: Callable[[], bool]) -> dict[str, float]:
@@ -156,14 +156,14 @@ class Monitor:
             with closing(batches):
                 for images, _ in batches:
                     if stopped():
-                        raise _Stopped
+                        raise _StoppedError
                     features.append(self.encoder(images).float())
         finally:
             self.encoder.train(training)
         return torch.cat(features)
 
 
-class _Stopped(Exception):
+class _StoppedError(Exception):
     """Left between two batches."""
 
 
