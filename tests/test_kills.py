@@ -26,7 +26,7 @@ encoder: {{arch: resnet8x4}}
 method: {{name: simclr, projector: {{hidden: 16, output: 8}}}}
 optim: {{name: sgd, lr: 0.1}}
 schedule: {{warmup_epochs: 1}}
-monitor: {{every_epochs: 1, images: 32}}
+monitor: {{every_epochs: 2, images: 32}}
 checkpoint: {{every_epochs: null, every_steps: {EVERY}}}
 log: {{every_steps: 1}}
 """
@@ -66,7 +66,7 @@ def train(recipe: Path, run_dir: Path, *overrides: str, code: int = 0) -> str:
     start = output.stat().st_size if output.exists() else 0
     process = start_training([recipe, f"run.dir={run_dir}", *overrides], output)
     try:
-        found = finished(process)
+        found = finished(process, 1200)
     finally:
         process.kill()
     printed = output.read_bytes()[start:].decode()
