@@ -97,13 +97,16 @@ def pretrain(run: Run) -> int:
 
                 stopping, timed, pending = map(bool, ranks.highest(stop.requested, writer.due(), writer.pending))
                 writer.advance(pending)
-                if stopping or step == total:
-                    writer.write_now(run_state(run, step, evaluation_left))
-                    if step < total or evaluation_left:
-                        return _stopped(run, stop, step)
-                elif timed or due.checkpoint(step):
-                    writer.write(run_state(run, step))
+                last = stopping or step == total
+                if last or timed or due.checkpoint(step):
+                    state = run_state(run, step, evaluation_left)
+                    if last:
+                        writer.write_now(state)
+                    else:
+                        writer.write(state)
                     log.restart_clock()
+                if last and (step < total or evaluation_left):
+                    return _stopped(run, stop, step)
         if ranks.is_main:
             _export_encoder(run)
         ranks.barrier()
