@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "deepspeed", "sklearn.datasets", "tests.conftest"])
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 def start_training(

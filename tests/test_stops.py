@@ -188,9 +188,9 @@ def fill(folder: Path) -> Path:
 def test_a_full_disk(recipe: Path, tmp_path: Path, small_disk: Path) -> None:
     """The run goes on without checkpoints until there is room, and nothing is missing in the end."""
     calm, run_dir = tmp_path / "calm", small_disk / "run"
-    train(recipe, calm)
+    train(recipe, calm, "epochs=6")
     output = tmp_path / "full.log"
-    process = start_training([recipe, f"run.dir={run_dir}"], output)
+    process = start_training([recipe, f"run.dir={run_dir}", "epochs=6"], output)
     try:
         wait_until(lambda: find_checkpoint(run_dir), process)
         ballast = fill(small_disk)
