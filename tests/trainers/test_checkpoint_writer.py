@@ -233,3 +233,17 @@ def test_all_ranks_finish_or_fail_together(tmp_path: Path) -> None:
     assert damage(last) is None
     assert [int(load_file(last / f"generators-rank-{rank:05d}.safetensors")["cpu"]) for rank in range(3)] == [0, 1, 2]
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu_is_taken_before_what_is_queued_next(tmp_path: Path) -> None:
+    weights = torch.randn(64, 32, 3, 3, device="cuda").to(memory_format=torch.channels_last)
+    before = weights.clone()
+    busy = torch.randn(4096, 4096, device="cuda")
+    for _ in range(50):
+        busy = busy @ busy / 64
+    copies, copied = checkpoint_writer.snapshot(state(1, weights))
+    weights.add_(1)
+    copied()
+    assert copies.shared["method"]["w"].is_pinned()
+    assert torch.equal(copies.shared["method"]["w"], before.cpu())
