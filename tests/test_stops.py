@@ -113,6 +113,38 @@ def test_stopped_in_writes_and_evaluations(recipe: Path, tmp_path: Path) -> None
     check_same(rough, calm)
 
 
+def test_a_signal_at_one_rank_stops_all_in_an_evaluation_and_one_process_goes_on(recipe: Path, tmp_path: Path) -> None:
+    arguments = [recipe, f"run.dir={tmp_path / 'run'}", "epochs=4", "optim.lr=0.00001", "method.temperature=0.5"]
+    marker = tmp_path / "marker"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [
+        start_training(
+            arguments, tmp_path / f"{rank}.log", common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, *extra
+        )
+        for rank, extra in enumerate([(), (stop_in_an_evaluation, marker, 1)])
+    ]
+    try:
+        wait_until(marker.exists, ranks[1])
+        os.kill(ranks[1].pid or 0, signal.SIGTERM)
+        codes = [finished(rank) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    printed = (tmp_path / "0.log").read_text()
+    assert codes == [75, 75], printed[-3000:]
+    assert "stopped by a signal on another rank at step 8" in printed
+    resumed = train(recipe, tmp_path / "run", *map(str, arguments[2:]))
+    assert "written by 2 ranks, going on with 1 rank: the same batches in the same order" in resumed
+    train(recipe, tmp_path / "one", *map(str, arguments[2:]))
+    ours, theirs = rows(tmp_path / "run"), rows(tmp_path / "one")
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    losses = [[row["train/loss"] for row in of if "train/loss" in row] for of in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # so small a learning rate, since float32 is chaotic
+
+
 def catches_sigterm(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16)  # type: ignore[index]

@@ -74,7 +74,6 @@ def pretrain(run: Run) -> int:
         ranks,
         permanent=_steps(run.checkpoint.keep_every_epochs, run),
         say=log.say,
-        written=lambda of_step: _checkpoint_written(run, of_step),
     )
     due = _Intervals(run)
     run.method.train()
@@ -112,7 +111,6 @@ def pretrain(run: Run) -> int:
         ranks.barrier()
         return 0
     finally:
-        stop.restore()
         run.loader.close()
         log.close()
 
@@ -155,10 +153,6 @@ def _stopped(run: Run, stop: StopSignal, step: int) -> int:
         " the same command resumes"
     )
     return EXIT_PREEMPTED
-
-
-def _checkpoint_written(run: Run, step: int) -> None:
-    """On every rank, once the checkpoint of that step is visible."""
 
 
 def run_state(run: Run, step: int, evaluation_left: bool = False) -> RunState:

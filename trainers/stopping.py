@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from types import FrameType
-from typing import Any
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -19,7 +18,8 @@ class StopSignal:
     """Notes a signal that asks the process to stop, to be acted on between steps; a second SIGINT interrupts at once.
 
     Until ``begin`` there is nothing to save: the process then ends at once, even while it waits inside a library for
-    a file or another rank, when Python's own handlers do not run. Signals belong to the process, hence ``installed``.
+    a file or another rank, when Python's own handlers do not run. Signals belong to the process, hence ``installed``;
+    it stays to the process's end, so that a second SIGTERM cannot take the place of the exit code.
     """
 
     _installed: StopSignal | None = None
@@ -29,7 +29,8 @@ class StopSignal:
         self.since = 0.0  # monotonic seconds of the first signal
         self.name = "a signal on another rank"
         self._starting = True
-        self._before: dict[signal.Signals, Any] = {s: signal.signal(s, self._note) for s in SIGNALS}
+        for number in SIGNALS:
+            signal.signal(number, self._note)
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
@@ -47,15 +48,6 @@ class StopSignal:
         """From here on there is something to save, and signals are only noted."""
         self._starting = False
 
-    def restore(self) -> None:
-        """Put back the handlers that were there before."""
-        self._starting = False
-        signal.set_wakeup_fd(-1)
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._write.close()  # ends the thread
-        StopSignal._installed = None
-
     def seconds(self) -> float:
         """Since the first signal; 0 if this process got none."""
         return time.monotonic() - self.since if self.requested else 0.0
@@ -67,15 +59,15 @@ class StopSignal:
             self.requested, self.since, self.name = True, time.monotonic(), signal.Signals(number).name
 
     def _end_while_starting(self) -> None:
-        while number := self._read.recv(1):
-            if self._starting and number[0] in SIGNALS:
-                name = signal.Signals(number[0]).name
+        while self._starting:
+            (number,) = self._read.recv(1)
+            if self._starting and number in SIGNALS:
+                name = signal.Signals(number).name
                 sys.stderr.write(
                     f"stopped by {name} before the first step: nothing to save, the same command starts again\n"
                 )
                 sys.stderr.flush()
                 os._exit(EXIT_PREEMPTED)
-        self._read.close()
 
     def _forked(self) -> None:
         if StopSignal._installed is self:  # a worker's signals are not its parent's
