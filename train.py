@@ -11,6 +11,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+from trainers.stopping import StopSignal
+
+if __name__ == "__main__":  # the imports below take seconds, in which a signal may come
+    StopSignal.installed()
+
 import torch
 import typer
 
@@ -20,6 +25,7 @@ from pipelines.sources import DataError, Source, describe, open_source
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
+from trainers.failures import TrainingError
 from trainers.methods import Facts, build_method
 from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
@@ -142,6 +148,9 @@ def main(
     except (RecipeError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     raise typer.Exit(code)
 
 

@@ -175,8 +175,9 @@ def _check_against_data(recipe: Recipe, parts: int) -> None:
 def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
     """Create the run folder with its ``recipe.yaml``, or make sure that an existing one is the same run.
 
-    While there is no checkpoint anything may still change; afterwards only what does not change the training, and
-    ``epochs``, upwards. Returns a remark for the user, if there is one to make.
+    While there is no checkpoint anything may still change; afterwards only what does not change the training,
+    ``engine.accumulation`` (fewer ranks need more of it), and ``epochs``, upwards. Returns a remark for the user, if
+    there is one to make.
 
     Raises:
         RecipeError: the folder holds a run of another recipe (the message lists the differences), or is not usable.
@@ -207,7 +208,8 @@ def _check_same_run(run_dir: Path, old: Any, new: dict[str, Any]) -> str | None:
     changes = [
         (key, before, now)
         for key, before, now in _differences(old, new)
-        if key != "epochs" and not any(key == aside or key.startswith(f"{aside}.") for aside in _ASIDE)
+        if key not in ("epochs", "engine.accumulation")
+        and not any(key == aside or key.startswith(f"{aside}.") for aside in _ASIDE)
     ]
     if changes:
         lines = "\n".join(f"  {key}: {_told(before)} -> {_told(now)}" for key, before, now in changes)

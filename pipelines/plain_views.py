@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -22,7 +22,7 @@ _SMALL = 64  # small images are shown whole; larger ones lose their rim, as in t
 
 def plain_batches(
     source: Source, size: int, batch_size: int, device: torch.device, config: LoaderConfig | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Generator[tuple[Tensor, Tensor], None, None]:
     """Yield (images [B, 3, size, size] normalised channels_last, positions [B]) over the whole source, in order.
 
     Files and shards come through the loader that `config` names; arrays are cut where the model is.

@@ -16,7 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, start: str = "spawn"
+) -> list[Any]:
     """Call `function(group, *args)` in `world_size` fresh one-thread processes joined in one gloo group.
 
     `function` must stand at the top level of a module and, like its arguments and results, be picklable.
@@ -28,7 +30,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         RuntimeError: a rank failed; the message is the traceback of the one that failed first.
         TimeoutError: some rank was not done after `timeout` seconds.
     """
-    context = torch.multiprocessing.get_context("spawn")
+    context: Any = torch.multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_run_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)

@@ -51,11 +51,23 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank; every rank must call it."""
+        return bool(self.highest(flag)[0])
+
+    def highest(self, *values: float) -> list[float]:
+        """The largest over the ranks of each value; every rank must call it with as many."""
         if self.control is None:
-            return flag
-        value = torch.tensor([int(flag)])
-        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(value)
+            return list(values)
+        largest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return largest.tolist()
+
+    def to_main(self, value: T) -> list[T]:
+        """On rank 0 the values of all ranks, elsewhere nothing; every rank must call it."""
+        if self.control is None:
+            return [value]
+        boxes: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, boxes, dst=0, group=self.control)
+        return boxes or []
 
     def from_main(self, value: T) -> T:
         """Rank 0's value on every rank; every rank must call it."""
@@ -188,10 +200,46 @@ class Engine:
                 raise ValueError(f"optimizer state {name} is {list(value.shape)}, not {list(parameter.shape)}")
             self._optimizer.state[parameter][key] = value
 
+    def load_optimizer_shards(self, shards: list[dict[str, Tensor]]) -> None:
+        """As ``load_optimizer_state``, under ZeRO, from the shards of another number of ranks, in their order.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
+        sizes = [sum(p.numel() for p in group) for group in self._engine.optimizer.bit16_groups]
+        owners = dict(zip(self._owners(), sizes, strict=True))
+        own: dict[str, Tensor] = {}
+        for name in shards[0]:
+            parts = [shard[name] for shard in shards]
+            owner = name.rpartition("::")[0]
+            if parts[0].dim() and owner in owners:
+                own[name] = recut(parts, owners[owner], self._owners()[owner].numel(), self.ranks.rank)
+            else:  # a step count, the same on all; or another's, which is refused below
+                own[name] = parts[0]
+        self.load_optimizer_state(own)
+
     def _owners(self) -> dict[str, Tensor]:
         if self.config.zero_stage == 0:
             return dict(self.method.named_parameters())
         return {f"group{i}": flat for i, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups)}
+
+
+def recut(parts: list[Tensor], size: int, share: int, rank: int) -> Tensor:
+    """This rank's ``share`` of the flat tensor of ``size`` values that was cut into ``parts``.
+
+    DeepSpeed pads with zeros at the end, up to a multiple of twice the number of ranks, and cuts evenly.
+
+    Raises:
+        ValueError: the parts are too few values, or more than padding explains.
+    """
+    whole = torch.cat(parts)
+    if not 0 <= whole.numel() - size < 2 * len(parts):
+        raise ValueError(f"the optimizer's shards hold {whole.numel()} values, the parameters are {size}")
+    mine = torch.zeros(share, dtype=whole.dtype)
+    start = rank * share
+    values = whole[:size][start : start + share]
+    mine[: values.numel()] = values
+    return mine
 
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -5,6 +5,9 @@ Everything here looks at the training images and their held-out part. The test s
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -116,18 +119,27 @@ class Monitor:
                 part.load(state[name])
 
     @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Scores on the held-out part; every rank computes all of it, and so agrees without a word."""
+    def evaluate(self, stopped: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Scores on the held-out part; every rank computes all of it, and so agrees without a word.
+
+        ``stopped`` is asked between batches, on all ranks alike; once it says so there are no scores: None.
+        """
         if self.holdout is None:
             return {}
-        held_out = self._features(self.holdout)
+        try:
+            return self._scores(self.holdout, stopped)
+        except _StoppedError:
+            return None
+
+    def _scores(self, holdout: Source, stopped: Callable[[], bool]) -> dict[str, float]:
+        held_out = self._features(holdout, stopped)
         scores = {
             "holdout/feature_std": feature_std(held_out),
             "holdout/effective_rank": effective_rank(held_out),
         }
         if self.probe is not None and self.bank is not None:
-            labels = self.holdout.labels.to(held_out.device)
-            bank = self._features(self.bank)
+            labels = holdout.labels.to(held_out.device)
+            bank = self._features(self.bank, stopped)
             bank_labels = self.bank.labels.to(held_out.device)
             votes = knn_votes(held_out, bank, bank_labels, self.bank.num_classes, KNN_SETTINGS)
             for (k, temperature), vote in votes.items():
@@ -135,13 +147,24 @@ class Monitor:
             scores["holdout/probe"] = top_accuracy(self.probe.linear(held_out), labels)
         return scores
 
-    def _features(self, source: Source) -> Tensor:
+    def _features(self, source: Source, stopped: Callable[[], bool]) -> Tensor:
         training = self.encoder.training
         self.encoder.eval()
-        batches = plain_batches(source, self.size, self.batch_size, self.ranks.device, self.loading)
-        features = torch.cat([self.encoder(images).float() for images, _ in batches])
-        self.encoder.train(training)
-        return features
+        features = []
+        try:
+            batches = plain_batches(source, self.size, self.batch_size, self.ranks.device, self.loading)
+            with closing(batches):
+                for images, _ in batches:
+                    if stopped():
+                        raise _StoppedError
+                    features.append(self.encoder(images).float())
+        finally:
+            self.encoder.train(training)
+        return torch.cat(features)
+
+
+class _StoppedError(Exception):
+    """Left between two batches."""
 
 
 def feature_std(features: Tensor) -> float:

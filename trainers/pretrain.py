@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
+
+import torch
+from safetensors import SafetensorError
 
 from pipelines.batch import ViewBatch
 from pipelines.loading import Loader
+from trainers.checkpoint_writer import CheckpointWriter
+from trainers.elastic import elastic_remarks
 from trainers.engine import Engine
+from trainers.failures import TrainingError
 from trainers.methods import BaseMethod
 from trainers.monitors import Monitor
 from trainers.runlog import RunLog
@@ -26,13 +30,12 @@ from trainers.state import (
     generator_states,
     load_checkpoint,
     load_strict,
+    remove_drafts,
     restore_generators,
-    save_checkpoint,
 )
 from trainers.step import train_step
+from trainers.stopping import EXIT_PREEMPTED, StopSignal
 from trainers.weights import save_tensors
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 
 
 @dataclass(slots=True)
@@ -54,20 +57,32 @@ class Run:
 def pretrain(run: Run) -> int:
     """Train to the end, from the newest whole checkpoint if there is one; returns the exit code of the process.
 
-    0 when done; EXIT_PREEMPTED after SIGTERM or SIGINT, once a checkpoint is written.
+    0 when done; EXIT_PREEMPTED after SIGTERM, SIGINT or SIGUSR1, once a checkpoint is written.
+
+    Raises:
+        CheckpointError: the checkpoint there is does not fit.
+        TrainingError: checkpoints can no longer be written.
     """
     ranks, log = run.engine.ranks, run.log
     steps_per_epoch = run.loader.steps_per_epoch
     total = run.epochs * steps_per_epoch
-    step = _resume(run)
+    stop = StopSignal.installed()
+    step, evaluation_left = _resume(run)
     log.open(step)
-    stop = _StopSignal()
-    log_every = log.config.every_steps
-    evaluate_every = max(1, round(run.monitor.config.every_epochs * steps_per_epoch))
-    save_every = max(1, round(run.checkpoint.every_epochs * steps_per_epoch))
+    writer = CheckpointWriter(
+        run.directory,
+        run.checkpoint,
+        ranks,
+        permanent=_steps(run.checkpoint.keep_every_epochs, run),
+        say=log.say,
+    )
+    due = _Intervals(run)
     run.method.train()
     log.restart_clock()
+    stop.begin()
     try:
+        if evaluation_left and not _evaluate(run, step, stop):
+            return _stopped(run, stop, step)
         while step < total:
             epoch, first_step = divmod(step, steps_per_epoch)
             for micro_batches, waited in _timed(run.loader.epoch(epoch, first_step)):
@@ -75,86 +90,138 @@ def pretrain(run: Run) -> int:
                 result = train_step(run.engine, run.method, micro_batches, lr)
                 log.add(result.scalars | run.monitor.observe(result), waited)
                 step += 1
-                done = step / steps_per_epoch
 
-                if step % log_every == 0 or step == total:
-                    log.write_step(step, done, lr)
-                if step % evaluate_every == 0 or step == total:
-                    run.engine.average_running_statistics()
-                    if scores := run.monitor.evaluate():
-                        log.write_scores(step, done, scores)
+                if step % log.config.every_steps == 0 or step == total:
+                    log.write_step(step, step / steps_per_epoch, lr)
+                evaluation_left = due.evaluation(step) and not _evaluate(run, step, stop)
+
+                stopping, timed, pending = map(bool, ranks.highest(stop.requested, writer.due(), writer.pending))
+                writer.advance(pending)
+                last = stopping or step == total
+                if last or timed or due.checkpoint(step):
+                    state = run_state(run, step, evaluation_left)
+                    if last:
+                        writer.write_now(state)
+                    else:
+                        writer.write(state)
                     log.restart_clock()
-                preempted = ranks.any(stop.requested)
-                if step % save_every == 0 or step == total or preempted:
-                    save(run, step)
-                    log.restart_clock()
-                if preempted and step < total:
-                    log.say(f"stopped by {stop.name} at step {step}; the same command resumes")
-                    return EXIT_PREEMPTED
+                if last and (step < total or evaluation_left):
+                    return _stopped(run, stop, step)
         if ranks.is_main:
             _export_encoder(run)
         ranks.barrier()
         return 0
     finally:
-        stop.restore()
         run.loader.close()
         log.close()
 
 
-def save(run: Run, step: int) -> None:
-    """Write everything that the run is as a checkpoint."""
+class _Intervals:
+    """What is due at which steps; the last step is always evaluated."""
+
+    def __init__(self, run: Run) -> None:
+        self._total = run.epochs * run.loader.steps_per_epoch
+        self._evaluate = _steps(run.monitor.config.every_epochs, run)
+        config = run.checkpoint
+        of_epochs = (_steps(config.every_epochs, run), _steps(config.keep_every_epochs, run))
+        self._save = [every for every in (*of_epochs, config.every_steps) if every]
+
+    def evaluation(self, step: int) -> bool:
+        return step == self._total or (self._evaluate is not None and step % self._evaluate == 0)
+
+    def checkpoint(self, step: int) -> bool:
+        return any(step % every == 0 for every in self._save)
+
+
+def _steps(epochs: float | None, run: Run) -> int | None:
+    return None if epochs is None else max(1, round(epochs * run.loader.steps_per_epoch))
+
+
+def _evaluate(run: Run, step: int, stop: StopSignal) -> bool:
+    """Write the held-out scores; False if a signal on any rank came before they were known."""
     run.engine.average_running_statistics()
-    ranks = run.engine.ranks
+    scores = run.monitor.evaluate(lambda: run.engine.ranks.any(stop.requested))
+    if scores:
+        run.log.write_scores(step, step / run.loader.steps_per_epoch, scores)
+    run.log.restart_clock()
+    return scores is not None
+
+
+def _stopped(run: Run, stop: StopSignal, step: int) -> int:
+    (seconds,) = run.engine.ranks.highest(stop.seconds())
+    run.log.say(
+        f"stopped by {stop.name} at step {step}, its checkpoint in place {seconds:.1f} s after the signal;"
+        " the same command resumes"
+    )
+    return EXIT_PREEMPTED
+
+
+def run_state(run: Run, step: int, evaluation_left: bool = False) -> RunState:
+    """Everything that the run is; the tensors are the run's own, and change with it."""
+    run.engine.average_running_statistics()
     shared = {"method": dict(run.method.state_dict()), "meters": run.log.state(), **run.monitor.state()}
-    sharded = {"generators": generator_states(ranks.device)}
+    sharded = {"generators": generator_states(run.engine.ranks.device)}
     if (loader_state := run.loader.state()) is not None:
         sharded["loader"] = {"state": loader_state}
     (sharded if run.engine.config.zero_stage else shared)["optimizer"] = run.engine.optimizer_state()
     values = {
         "epoch": step // run.loader.steps_per_epoch,
         "step_in_epoch": step % run.loader.steps_per_epoch,
+        "evaluation_left": evaluation_left,
         "images": len(run.loader.source),
+        "accumulation": run.engine.config.accumulation,
         "encoder": run.export,
         "recipe": (run.directory / "recipe.yaml").read_text(),
     }
-    save_checkpoint(run.directory, RunState(step, shared, sharded, values), ranks, run.checkpoint.keep)
+    return RunState(step, shared, sharded, values)
 
 
-def _resume(run: Run) -> int:
-    """Restore the newest whole checkpoint; returns the step to go on from."""
+def _resume(run: Run) -> tuple[int, bool]:
+    """Restore the newest whole checkpoint; returns the step to go on from, and whether it is still to be evaluated."""
     ranks = run.engine.ranks
+    if ranks.is_main:
+        remove_drafts(run.directory)
     path = ranks.from_main(find_checkpoint(run.directory) if ranks.is_main else None)
     if path is None:
-        return 0
+        return 0, False
     if not path.exists():
         raise CheckpointError(
             f"{path} is not there on rank {ranks.rank}; run.dir must be on storage that all ranks share"
         )
     state = load_checkpoint(path, ranks)
     with damage_named(path):
-        _restore(run, state, path)
+        images = len(run.loader.source)
+        if state.values["images"] != images:
+            raise CheckpointError(
+                f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}:"
+                " order and schedule would change in the middle; restore the images, or start anew with another run.dir"
+            )
+        restore(run, state, str(path))
     run.log.say(f"resuming from {path} (step {state.step})")
-    return state.step
+    for remark in elastic_remarks(state.values, ranks.world_size, run.engine.config, run.log.batch_size):
+        run.log.say(remark)
+    left = state.values.get("evaluation_left", False)
+    return state.step, ranks.from_main(left and ranks.is_main and not run.log.has_scores(state.step))
 
 
-def _restore(run: Run, state: RunState, path: Path) -> None:
-    """Put back everything that ``save`` wrote."""
-    ranks, images = run.engine.ranks, len(run.loader.source)
-    if state.values["images"] != images:
-        raise CheckpointError(
-            f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
-            " and schedule would change in the middle; restore the images, or start anew with another run.dir"
-        )
+def restore(run: Run, state: RunState, path: str) -> None:
+    """Put a checkpoint's state into the run, whatever the number of ranks that wrote it."""
+    ranks = run.engine.ranks
     load_strict(run.method, state.shared["method"], f"{path}/method.safetensors")
-    optimizer = state.sharded if run.engine.config.zero_stage else state.shared
     try:
-        run.engine.load_optimizer_state(optimizer["optimizer"])
+        if "optimizer" in state.all_shards:
+            run.engine.load_optimizer_shards(state.all_shards["optimizer"])
+        else:
+            optimizer = state.sharded if run.engine.config.zero_stage else state.shared
+            run.engine.load_optimizer_state(optimizer["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     run.log.load(state.shared["meters"], ranks.device)
     run.monitor.load(state.shared)
     if "generators" in state.sharded:
         restore_generators(state.sharded["generators"], ranks.device)
+    else:  # of another number of ranks: other draws, but not those of the run's first steps again
+        torch.manual_seed((torch.initial_seed() + 1_000_003 * state.step) % 2**63)
     if "loader" in state.sharded:
         run.loader.load_state(state.sharded["loader"]["state"])
 
@@ -172,23 +239,11 @@ def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch]
 def _export_encoder(run: Run) -> None:
     """``encoder.safetensors``: torchvision's parameter names and, as metadata, how to rebuild and feed it."""
     draft = run.directory / ".encoder.safetensors.tmp"
-    save_tensors(draft, run.method.encoder.state_dict(), {"twinstream": json.dumps(run.export)})
-    draft.replace(run.directory / "encoder.safetensors")
-
-
-class _StopSignal:
-    """Notes SIGTERM and SIGINT, to be acted on between steps; a second SIGINT interrupts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self.name = "a signal on another rank"
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested, self.name = True, signal.Signals(number).name
+    try:
+        save_tensors(draft, run.method.encoder.state_dict(), {"twinstream": json.dumps(run.export)})
+        draft.replace(run.directory / "encoder.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{run.directory / 'encoder.safetensors'} could not be written ({error}); training is done and in the last"
+            " checkpoint, the same command writes the encoder"
+        ) from error

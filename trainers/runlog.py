@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,9 @@ class RunLog:
             draft = self._path.with_suffix(".tmp")
             draft.write_text("".join(rows))
             draft.replace(self._path)
-        self._file = self._path.open("a")
-        self._board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._board: SummaryWriter | None = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
         self._wandb = _start_wandb(self._run_dir, self._recipe) if self.config.wandb else None
         if sys.stdout.isatty():
             self._progress = Progress(
@@ -79,13 +81,21 @@ class RunLog:
             self._task = self._progress.add_task("pretraining", total=self.total_steps, completed=step)
             self._progress.start()
 
+    def has_scores(self, step: int) -> bool:
+        """Whether the held-out scores of that step are written."""
+        rows = _readable_rows(self._path) if self._path.exists() else []
+        return any(row["step"] == step and any(k.startswith("holdout/") for k in row) for row in map(json.loads, rows))
+
     def close(self) -> None:
         if not self.active:
             return
         if self._progress is not None:
             self._progress.stop()
+        self._append(b"")
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -133,13 +143,27 @@ class RunLog:
     def write(self, step: int, epoch: float, row: dict[str, float]) -> None:
         if not self.active:
             return
-        self._file.write(json.dumps({"step": step, "epoch": round(epoch, 6), **row}) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        self._append((json.dumps({"step": step, "epoch": round(epoch, 6), **row}) + "\n").encode())
+        self._show(step, row)
         if self._wandb is not None:
             self._wandb.log({"epoch": epoch, **row}, step=step)
+
+    def _append(self, row: bytes) -> None:
+        """What a full disk does not take is kept until it does: the run goes on, and no row is lost."""
+        self._unwritten += row
+        with suppress(OSError):
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _show(self, step: int, row: dict[str, float]) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+        except OSError as error:
+            self._board = None
+            self._say(f"warning: TensorBoard's file cannot be written ({error}); it ends here, metrics.jsonl goes on")
 
     def write_scores(self, step: int, epoch: float, scores: dict[str, float]) -> None:
         """Held-out scores, as one row and one line."""

@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,13 @@ LOCK = ".lock"
 
 
 class CheckpointConfig(Section):
-    every_epochs: float = Field(1.0, gt=0)  # may be a fraction; the last step is always saved
+    every_epochs: float | None = Field(1.0, gt=0)  # may be a fraction; null: off. The last step is always saved
+    every_steps: int | None = Field(None, ge=1)  # as well as that; null: off
+    every_minutes: float | None = Field(30.0, gt=0)  # and when none was begun for so long; null: off
     keep: int = Field(3, ge=1)  # how many of the newest to keep
+    keep_every_epochs: int | None = Field(None, ge=1)  # those of every so many epochs are never removed; null: off
+    background: bool = True  # written while training goes on; false: training waits
+    tolerate_minutes: float = Field(60.0, ge=0)  # a write that fails is a warning, until all have failed for so long
 
 
 class CheckpointError(RuntimeError):
@@ -53,46 +59,95 @@ class RunState:
     shared: dict[str, dict[str, Tensor]]  # the same on all ranks; written by rank 0, one file each
     sharded: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # each rank's own, one file a rank
     values: dict[str, Any] = field(default_factory=dict)  # JSON
+    # Read on another number of ranks: the shards of all ranks that wrote, in their order.
+    all_shards: dict[str, list[dict[str, Tensor]]] = field(default_factory=dict)
 
 
 def save_checkpoint(run_dir: Path, state: RunState, ranks: Ranks, keep: int) -> Path:
     """Write ``state`` under ``checkpoints``, named by its step; all ranks call it and return once it is in place."""
-    folder = run_dir / "checkpoints"
-    final = folder / f"step-{state.step:08d}"
-    draft = folder / f".{final.name}.tmp"
+    draft = draft_path(run_dir, state.step)
     if ranks.is_main:
         shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
     ranks.barrier()
-    for name, tensors in state.sharded.items():
-        _write_tensors(draft / _shard_name(name, ranks.rank), tensors)
+    sums = ranks.to_main(write_draft(draft, state, ranks.rank, ranks.world_size))
     if ranks.is_main:
-        for name, tensors in state.shared.items():
-            _write_tensors(draft / f"{name}.safetensors", tensors)
+        commit_draft(run_dir, state.step, sums, keep)
+    ranks.barrier()
+    return checkpoint_path(run_dir, state.step)
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def draft_path(run_dir: Path, step: int) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return run_dir / "checkpoints" / f".step-{step:08d}.tmp"
+
+
+def write_draft(draft: Path, state: RunState, rank: int, world_size: int) -> dict[str, str]:
+    """Write and flush this rank's files of a checkpoint; returns their SHA-256 by name. Talks to no other rank."""
+    draft.mkdir(parents=True, exist_ok=True)
+    files = {_shard_name(name, rank): tensors for name, tensors in state.sharded.items()}
+    if rank == 0:
+        files |= {f"{name}.safetensors": tensors for name, tensors in state.shared.items()}
+    for name, tensors in files.items():
+        _write_tensors(draft / name, tensors)
+    names = list(files)
+    if rank == 0:
         values = {
             **state.values,
             "format": FORMAT,
             "step": state.step,
-            "world_size": ranks.world_size,
+            "world_size": world_size,
             "sharded": sorted(state.sharded),
         }
         _write_text(draft / "state.json", json.dumps(values, indent=1, sort_keys=True))
-    ranks.barrier()
-    if ranks.is_main:
-        sums = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
-        _write_text(draft / "manifest.json", json.dumps(sums, indent=1))
-        _sync_folder(draft)
-        aside = folder / f".{final.name}.old"
-        if final.exists():  # the same step again: it was found damaged, or nothing was trained since
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        os.replace(draft, final)
+        names.append("state.json")
+    return {name: _sha256(draft / name) for name in names}
+
+
+def commit_draft(run_dir: Path, step: int, sums: list[dict[str, str]], keep: int, permanent: int | None = None) -> None:
+    """Make a draft with the files of all ranks (``sums``) the newest checkpoint, and remove those no longer kept.
+
+    Args:
+        keep: how many of the newest to keep.
+        permanent: checkpoints of a multiple of so many steps are kept as well.
+    """
+    draft, final = draft_path(run_dir, step), checkpoint_path(run_dir, step)
+    folder = final.parent
+    manifest = {name: sha for of_rank in sums for name, sha in of_rank.items()}
+    _write_text(draft / "manifest.json", json.dumps(manifest, indent=1, sort_keys=True))
+    _sync_folder(draft)
+    aside = folder / f".{final.name}.old"
+    if final.exists():  # the same step again: it was found damaged, or nothing was trained since
         shutil.rmtree(aside, ignore_errors=True)
-        _point_last(folder, final.name)
-        _sync_folder(folder)
-        _prune(folder, final, keep)
-    ranks.barrier()
-    return final
+        os.replace(final, aside)
+    os.replace(draft, final)
+    shutil.rmtree(aside, ignore_errors=True)
+    _point_last(folder, final.name)
+    _sync_folder(folder)
+    remove_checkpoints(run_dir, step, keep, permanent)
+
+
+def remove_checkpoints(run_dir: Path, newest: int, keep: int, permanent: int | None = None) -> None:
+    """Keep that of step ``newest``, the ``keep`` - 1 before it, and the permanent ones.
+
+    What comes after it is of a future that was given up; drafts are of processes that were killed.
+    """
+    folder = run_dir / "checkpoints"
+    before = [path for path in _checkpoints(folder) if _step_of(path) < newest]
+    kept = {checkpoint_path(run_dir, newest), *before[len(before) - keep + 1 :]}
+    kept |= {path for path in before if permanent and _step_of(path) % permanent == 0}
+    for path in [*_checkpoints(folder), *folder.glob(".step-*")]:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_drafts(run_dir: Path) -> None:
+    """Clear away what killed processes left half-written."""
+    for path in (run_dir / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -100,18 +155,30 @@ def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder, made if need be, for this process; the lock goes with the process, however it ends.
 
     Raises:
-        CheckpointError: another process holds it, or it cannot be used as a folder.
+        CheckpointError: another process holds it, or it cannot be written.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK).open("w")
+        file = (run_dir / LOCK).open("a+")
     except OSError as error:
         raise CheckpointError(f"run.dir={run_dir} cannot be used: {error}") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"{run_dir} is in use by another process; wait for it, or stop it") from error
+            file.seek(0)
+            holder = file.read(200).strip()
+            by = f" ({holder})" if holder else ""
+            raise CheckpointError(f"{run_dir} is in use by another process{by}; wait for it, or stop it") from error
+        except OSError as error:
+            raise CheckpointError(f"{run_dir / LOCK} cannot be locked: {error}; choose another run.dir") from error
+        for path in (run_dir / "checkpoints", run_dir / "metrics.jsonl", run_dir / "tensorboard"):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise CheckpointError(f"run.dir={run_dir} cannot be used: {path} is not writable")
+        with suppress(OSError):  # a full disk: who holds it is then not said
+            file.truncate(0)
+            file.write(f"host {socket.gethostname()}, process {os.getpid()}")
+            file.flush()
         yield
 
 
@@ -141,32 +208,38 @@ def damage(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path, ranks: Ranks) -> RunState:
-    """Read back what ``save_checkpoint`` wrote; raises CheckpointError if it was made by another number of ranks
-    and holds per-rank shards."""
+    """Read back what ``save_checkpoint`` wrote.
+
+    On another number of ranks, ``sharded`` is left empty but for ``optimizer``: ``all_shards`` has those of every
+    rank that wrote it.
+
+    Raises:
+        CheckpointError: it is of another format, or holds what only as many ranks can go on from.
+    """
     with damage_named(path):
         values = check_state(load_json(read_text(path / "state.json")))
     if values["format"] != FORMAT:
         raise CheckpointError(f"{path} has format {values['format']}; this version reads format {FORMAT}")
     sharded: dict[str, dict[str, Tensor]] = {}
+    all_shards: dict[str, list[dict[str, Tensor]]] = {}
+    writers = values["world_size"]
     for name in values["sharded"]:
-        if values["world_size"] == ranks.world_size:
+        if writers == ranks.world_size:
             with damage_named(path):
                 sharded[name] = load_tensors(path / _shard_name(name, ranks.rank))
         elif name == "loader":
             raise CheckpointError(
-                f"{path} holds where DALI's own readers stood on {values['world_size']} ranks, this run has"
+                f"{path} holds where DALI's own readers stood on {writers} ranks, this run has"
                 f" {ranks.world_size}; resume with as many (data.reader=ours resumes on any number)"
             )
         elif name == "optimizer":
-            raise CheckpointError(
-                f"{path} holds the ZeRO shards of {values['world_size']} ranks, this run has {ranks.world_size};"
-                " resume with as many, or use engine.zero_stage=0"
-            )
-    shards = {_shard_name(name, rank) for name in values["sharded"] for rank in range(values["world_size"])}
+            with damage_named(path):
+                all_shards[name] = [load_tensors(path / _shard_name(name, rank)) for rank in range(writers)]
+    shards = {_shard_name(name, rank) for name in values["sharded"] for rank in range(writers)}
     with damage_named(path):
         files = sorted(file for file in path.glob("*.safetensors") if file.name not in shards)
         shared = {file.stem: load_tensors(file) for file in files}
-    return RunState(values["step"], shared, sharded, values)
+    return RunState(values["step"], shared, sharded, values, all_shards)
 
 
 @contextmanager
@@ -213,17 +286,11 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) 
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal())
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Keep ``newest`` and the ``keep`` - 1 before it; what comes after it is of a future that was given up."""
-    before = [path for path in _checkpoints(folder) if path.name < newest.name]
-    kept = {newest.name, *(path.name for path in before[len(before) - keep + 1 :])}
-    leftovers = folder.glob(".step-*")  # half-written drafts of killed processes
-    for path in [*_checkpoints(folder), *leftovers]:
-        if path.name not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _shard_name(name: str, rank: int) -> str:

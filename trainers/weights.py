@@ -17,6 +17,9 @@ MOST_SIDE = 16_384  # pixels of an encoder's images
 MOST_RANKS = 1_000_000
 Triple = tuple[float, float, float]
 
+_MASK = os.umask(0o077)  # can only be read by setting it: once, while there is one thread
+os.umask(_MASK)
+
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
@@ -30,9 +33,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file with the permissions of any other: the library would make it private."""
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path, metadata=metadata)
-    mask = os.umask(0o077)  # which can only be read by setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    path.chmod(0o666 & ~_MASK)
 
 
 def load_metadata(path: Path) -> dict[str, str]:

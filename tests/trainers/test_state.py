@@ -1,22 +1,26 @@
 """Checkpoint folders: round trip, damage, half-written drafts, how many are kept."""
 
 import json
+import os
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-from trainers.engine import Ranks
+from trainers.engine import Ranks, recut
 from trainers.state import (
     CheckpointError,
     RunState,
+    commit_draft,
     damage,
+    draft_path,
     find_checkpoint,
     load_checkpoint,
     load_strict,
     locked,
     save_checkpoint,
+    write_draft,
 )
 
 ALONE = Ranks(0, 1, torch.device("cpu"), None, None)
@@ -145,12 +149,48 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         load_checkpoint(path, ALONE)
 
 
-def test_zero_shards_need_the_same_number_of_ranks(tmp_path: Path) -> None:
+def test_another_number_of_ranks_gets_the_shards_of_all(tmp_path: Path) -> None:
     written = state(1)
-    written.sharded["optimizer"] = {"group0::momentum_buffer": torch.zeros(3)}
+    written.sharded["optimizer"] = {"group0::momentum_buffer": torch.ones(3)}
     path = save_checkpoint(tmp_path, written, ALONE, keep=3)
-    with pytest.raises(CheckpointError, match="ZeRO shards of 1 ranks, this run has 2"):
+    read = load_checkpoint(path, Ranks(1, 2, torch.device("cpu"), None, None))
+    assert read.sharded == {}
+    assert [list(shard) for shard in read.all_shards["optimizer"]] == [["group0::momentum_buffer"]]
+    written.sharded["loader"] = {"state": torch.ones(3)}
+    path = save_checkpoint(tmp_path, written, ALONE, keep=3)
+    with pytest.raises(CheckpointError, match="DALI's own readers stood on 1 ranks, this run has 2"):
         load_checkpoint(path, Ranks(0, 2, torch.device("cpu"), None, None))
+
+
+@pytest.mark.parametrize("size", [1, 2, 11, 12, 24])
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("now", [1, 2, 3])
+def test_shards_are_cut_anew(size: int, before: int, now: int) -> None:
+    """Padded to a multiple of twice the ranks and cut evenly, as DeepSpeed does."""
+
+    def cut(whole: torch.Tensor, ranks: int) -> list[torch.Tensor]:
+        padded = torch.cat([whole, torch.zeros(-len(whole) % (2 * ranks))])
+        return list(padded.chunk(ranks))
+
+    whole = torch.arange(1.0, size + 1)
+    for rank, expected in enumerate(cut(whole, now)):
+        assert torch.equal(recut(cut(whole, before), size, len(expected), rank), expected)
+    with pytest.raises(ValueError, match="the parameters are"):
+        recut(cut(whole, before), size + 7, size, 0)
+
+
+def test_permanent_checkpoints_stay(tmp_path: Path) -> None:
+    for step in range(1, 10):
+        write_draft(draft_path(tmp_path, step), state(step), 0, 1)
+        sums = write_draft(draft_path(tmp_path, step), state(step), 0, 1)
+        commit_draft(tmp_path, step, [sums], keep=2, permanent=4)
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert names == [f"step-{step:08d}" for step in (4, 8, 9)]
+
+
+def test_who_holds_the_folder_is_said(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(CheckpointError, match=rf"process {os.getpid()}\)"), locked(tmp_path):
+        pass
 
 
 def test_loading_is_strict_and_says_what_differs() -> None:
