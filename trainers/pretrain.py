@@ -30,6 +30,7 @@ from trainers.state import (
     restore_generators,
     save_checkpoint,
 )
+from trainers.status import record_checkpoint
 from trainers.step import train_step
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
@@ -117,7 +118,9 @@ def save(run: Run, step: int) -> None:
         "encoder": run.export,
         "recipe": (run.directory / "recipe.yaml").read_text(),
     }
-    save_checkpoint(run.directory, RunState(step, shared, sharded, values), ranks, run.checkpoint.keep)
+    path = save_checkpoint(run.directory, RunState(step, shared, sharded, values), ranks, run.checkpoint.keep)
+    if ranks.is_main:
+        record_checkpoint(run.directory, step, values["epoch"], path.name)
 
 
 def _resume(run: Run) -> int:
