@@ -33,7 +33,6 @@ from tools.launching.job import (
     TRAIN,
     Job,
     LaunchError,
-    available_cores,
     deepspeed_command,
     environment,
     shown,

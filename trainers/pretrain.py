@@ -120,7 +120,7 @@ def save(run: Run, step: int) -> None:
     }
     path = save_checkpoint(run.directory, RunState(step, shared, sharded, values), ranks, run.checkpoint.keep)
     if ranks.is_main:
-        record_checkpoint(run.directory, step, values["epoch"], path.name)
+        record_checkpoint(run.directory, step, step // run.loader.steps_per_epoch, path.name)
 
 
 def _resume(run: Run) -> int:

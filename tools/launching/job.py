@@ -88,9 +88,9 @@ def deepspeed_command(job: Job, port: int, hostfile: Path | None = None, master_
         for text in [*job.train_arguments, str(TRAIN), str(Path.cwd()), job.python]:
             if unsafe := {c for c in text if not (c.isascii() and (c.isalnum() or c in "_@+=:,./-"))}:
                 raise LaunchError(
-                    f"{text!r}: DeepSpeed's launcher for several hosts passes this through a shell without quotes, where"
-                    f" {' '.join(sorted(unsafe))!r} may mean something else; write it into a recipe, or leave out"
-                    " --engine deepspeed"
+                    f"{text!r}: DeepSpeed's launcher for several hosts passes this through a shell without quotes,"
+                    f" where {' '.join(sorted(unsafe))!r} may mean something else; write it into a recipe, or leave"
+                    " out --engine deepspeed"
                 )
     return [*command, str(TRAIN), *job.train_arguments]
 

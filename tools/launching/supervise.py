@@ -74,9 +74,9 @@ class Child:
 
 
 def start_local(command: Sequence[str], variables: dict[str, str], script: Path) -> Child:
-    """torchrun or DeepSpeed's launcher on this machine, whose ranks run ``script``. It gets SIGTERM if this process dies.
+    """torchrun or DeepSpeed's launcher on this machine, whose ranks run ``script``.
 
-    It has a session of its own, so that Ctrl-C reaches this process alone.
+    It has a session of its own, so that Ctrl-C reaches this process alone, and gets SIGTERM if this process dies.
     """
     _prctl(_SET_CHILD_SUBREAPER, 1)  # ranks that outlive their launcher become ours to wait for
     process = subprocess.Popen(
@@ -125,14 +125,18 @@ def supervise(
         time.sleep(_INTERVAL)
         after = read_status(run_dir)
     if stop.urgent:
-        return Outcome(128 + signal.SIGINT, "killed by a second SIGINT; the same command goes on from the last checkpoint")
+        return Outcome(
+            128 + signal.SIGINT, "killed by a second SIGINT; the same command goes on from the last checkpoint"
+        )
     stopped = stop.reason
     if stopped and not in_time:
         stopped += f", with no checkpoint within the {grace:g} seconds of --grace"
     return judge(code, before, after, stopped=stopped, leads=leads)
 
 
-def judge(code: int, before: Status | None, after: Status | None, *, stopped: str | None, leads: bool = True) -> Outcome:
+def judge(
+    code: int, before: Status | None, after: Status | None, *, stopped: str | None, leads: bool = True
+) -> Outcome:
     """What became of a run: by the launcher's exit code, and the status before and after it."""
     where = f" (checkpoint {after.checkpoint})" if after is not None and after.checkpoint else ""
     progressed = after is not None and after.checkpoint != (before.checkpoint if before else None)
@@ -158,7 +162,9 @@ def judge(code: int, before: Status | None, after: Status | None, *, stopped: st
     if code == LOST:
         cause = cause or (f"stopped by {stopped}" if stopped else "see above")
         return Outcome(code, f"lost{where}: {cause}; {on}", progressed)
-    return Outcome(code, f"{'refused' if code == EXIT_REFUSED else 'failed'}{where}: {cause or 'see above'}", progressed)
+    return Outcome(
+        code, f"{'refused' if code == EXIT_REFUSED else 'failed'}{where}: {cause or 'see above'}", progressed
+    )
 
 
 def _wait(children: list[Child], stop: StopSignal, grace: float, settle: float) -> bool:
