@@ -11,7 +11,7 @@ import yaml
 
 from tools.launching.job import PORT, Job, agent_command
 
-_RESUMABLE, _FINAL = [69, 75], [1, 2]  # exit codes of the agent
+_PREEMPTED, _FINAL = [75], [1, 2]  # exit codes of the agent; 69 counts, so that a link that stays bad ends the job
 _DOWN = 30  # seconds from a checkpoint's end to the container's
 
 
@@ -22,7 +22,7 @@ def manifest(job: Job, *, image: str, claim: str, cores: int, restarts: int, fol
         image: holds this project in ``folder``, and ``python``.
         claim: a PersistentVolumeClaim (ReadWriteMany) for data and runs, mounted at /shared.
         cores: of a pod.
-        restarts: failures of pods that are made up for; a preempted or lost run does not count.
+        restarts: how often a lost run is started again; a preempted one always is.
     """
     name = re.sub(r"[^a-z0-9-]+", "-", job.run_dir.name.lower()).strip("-")[:40].strip("-") or "twinstream"
     name = name if name[0].isalpha() else f"run-{name}"
@@ -51,7 +51,7 @@ def manifest(job: Job, *, image: str, claim: str, cores: int, restarts: int, fol
     }
     policy = [
         {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": _FINAL}},
-        {"action": "Ignore", "onExitCodes": {"containerName": "train", "operator": "In", "values": _RESUMABLE}},
+        {"action": "Ignore", "onExitCodes": {"containerName": "train", "operator": "In", "values": _PREEMPTED}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     service = {
@@ -68,7 +68,7 @@ def manifest(job: Job, *, image: str, claim: str, cores: int, restarts: int, fol
             "completions": job.nodes,
             "parallelism": job.nodes,
             "completionMode": "Indexed",
-            "backoffLimit": restarts,
+            "backoffLimit": restarts * job.nodes,  # a lost peer is a failure of every pod
             "podFailurePolicy": {"rules": policy},
             "template": {"spec": pod},
         },

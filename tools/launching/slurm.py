@@ -12,7 +12,11 @@ from tools.launching.job import Job, LaunchError, agent_command
 # #SBATCH lines are read by SLURM, not by a shell; what it would split or end a line at is not let in.
 _PLAIN = re.compile(r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+=:,./\[\]-]+)?")
 _SECONDS_TO_SPARE = 60  # SLURM may signal this much later, counting from its own clock
-_RAW = {"@MASTER_ADDR@": '"$MASTER_ADDR"', "@MASTER_PORT@": '"$MASTER_PORT"'}
+
+
+class _Variable(str):
+    """A word of the command that the script's shell fills in."""
+
 
 
 def sbatch_script(
@@ -40,22 +44,20 @@ def sbatch_script(
         if not _PLAIN.fullmatch(option):
             raise LaunchError(f"{option!r} cannot stand in an #SBATCH line: write --name=value, in plain characters")
     directives = "\n".join(f"#SBATCH {option}" for option in [*given, *options])
-    port = str(job.port) if job.port else "@MASTER_PORT@"
-    command = agent_command(job, "SLURM_NODEID", "@MASTER_ADDR@", port=port)
-    srun = ["srun", f"--cpus-per-task={cores}", "--kill-on-bad-exit=0", *command]
-    agent = shlex.join(srun)
-    for mark, variable in _RAW.items():
-        agent = agent.replace(shlex.quote(mark), variable)
+    port = str(job.port) if job.port else _Variable('"$MASTER_PORT"')
+    agent = agent_command(job, "SLURM_NODEID", _Variable('"$MASTER_ADDR"'), port=port)
+    words = ["srun", f"--cpus-per-task={cores}", "--kill-on-bad-exit=0", *agent]
+    srun = " ".join(word if isinstance(word, _Variable) else shlex.quote(word) for word in words)
     return f"""#!/bin/bash
 {directives}
 
-# {job.grace + _SECONDS_TO_SPARE} s before the time limit SLURM sends SIGTERM to the agents: they write a checkpoint and
-# exit with 75. So does a preemption; a lost node or link ends in 69. In both cases the job goes back into the queue.
-trap : TERM  # the shell waits for the checkpoint
+# Before the time limit, and at a preemption, SLURM sends SIGTERM to the agents: they write a checkpoint and exit
+# with 75. A lost peer or link ends in 69. After both the job goes back into the queue.
+trap : TERM  # this shell waits for the checkpoint
 cd {shlex.quote(str(folder))} || exit 1
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
-{agent}
+{srun}
 code=$?
 if [[ $code -eq 75 || $code -eq 69 ]]; then
   if [[ ${{SLURM_RESTART_COUNT:-0}} -ge {restarts} ]]; then

@@ -135,9 +135,13 @@ def supervise(
 
 
 def judge(
-    code: int, before: Status | None, after: Status | None, *, stopped: str | None, leads: bool = True
+    code: int, before: Status | None, after: Status | None, *, stopped: str | None = None, leads: bool = True
 ) -> Outcome:
-    """What became of a run: by the launcher's exit code, and the status before and after it."""
+    """What became of a run: by the launcher's exit code, and the status before and after it.
+
+    A status that is the same as before was written by an earlier run, and says nothing. ``stopped`` is why this
+    process asked for the end, if it did.
+    """
     where = f" (checkpoint {after.checkpoint})" if after is not None and after.checkpoint else ""
     progressed = after is not None and after.checkpoint != (before.checkpoint if before else None)
     on = "the same command goes on from the last checkpoint" if where else "the same command starts again"
