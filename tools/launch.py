@@ -295,7 +295,8 @@ def _repeat(once: partial[Outcome], stop: StopSignal, restarts: int, restart_pre
 def _claim(job: Job, recipe: Recipe) -> None:
     """Refuse a folder that is in use or another run's before anything is started, as rank 0 would after it."""
     with locked(job.run_dir):
-        claim_run_dir(job.run_dir, recipe)
+        if remark := claim_run_dir(job.run_dir, recipe):
+            _say(remark)
 
 
 def _submit(script: str, path: Path, show: bool) -> int:

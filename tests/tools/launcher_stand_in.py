@@ -1,7 +1,7 @@
 """In the place of torchrun and train.py, where a test is about the process that watches them.
 
-``python launcher_stand_in.py RUN MODE`` starts two ranks as torchrun does, and as torchrun ends with 1 whatever they end
-with, taking no signal twice. ``python -u launcher_stand_in.py RUN MODE RANK`` is a rank.
+``python launcher_stand_in.py RUN MODE`` starts two ranks as torchrun does, ends with 1 whatever they end with, and at a
+signal of its own abandons them. ``python -u launcher_stand_in.py RUN MODE RANK`` is a rank.
 """
 
 import os
@@ -62,8 +62,8 @@ def train(run: Path, mode: str, rank: int) -> int:
     if rank == 0 and mode == "lost":
         record_checkpoint(run, int(time.time()), 1, f"step-{time.time_ns()}")
     if rank == 0 and mode != "early":
-        end_status(run, CODES.get(mode.removesuffix(" at once"), 0), None if mode == "done" else f"because of {mode}")
-    return CODES.get(mode.removesuffix(" at once"), int(mode in ("early", "killed")))
+        end_status(run, CODES.get(mode, 0), None if mode == "done" else f"because of {mode}")
+    return CODES.get(mode, int(mode in ("early", "killed")))
 
 
 if __name__ == "__main__":

@@ -43,15 +43,15 @@ JOB = Job(Path("my recipes/$x's.yaml"), HOSTILE, Path("runs/a; touch pwned"), 2,
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """In the place of Python: writes down what it is called with, and ends with the next line of ``codes``."""
+    """In the place of Python: writes down what it is called with, and ends with this start's code in ``codes``."""
     path = tmp_path / "python of mine"
     path.write_text(f"""#!{sys.executable}
 import json, os, sys
 with open({str(tmp_path / "calls")!r}, "a") as file:
     file.write(json.dumps([sys.argv[1:], os.environ.get("OF_MINE"), os.getcwd()]) + "\\n")
-codes = {str(tmp_path / "codes")!r}
-start = len(open({str(tmp_path / "slurm/starts")!r}).read().split()) if os.path.exists({str(tmp_path / "slurm/starts")!r}) else 1
-sys.exit(int(open(codes).read().split()[start - 1]) if os.path.exists(codes) else 0)
+codes, starts = {str(tmp_path / "codes")!r}, {str(tmp_path / "slurm/starts")!r}
+if os.path.exists(codes):
+    sys.exit(int(open(codes).read().split()[len(open(starts).read().split()) - 1]))
 """)
     path.chmod(0o755)
     return path
@@ -183,7 +183,7 @@ def test_slurm_hands_on_what_was_typed_and_requeues_what_can_go_on(python: Path,
     assert submit(job, tmp_path, "75 69 0") == (0, 3)
     expected = agent_command(job, "SLURM_NODEID", "127.0.0.1", port=str(20000 + 4242))[1:]
     assert calls(tmp_path) == [expected] * 6
-    assert [path for path in tmp_path.rglob("pwned")] == []
+    assert list(tmp_path.rglob("pwned")) == []
 
 
 @pytest.mark.parametrize(

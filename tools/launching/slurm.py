@@ -18,7 +18,6 @@ class _Variable(str):
     """A word of the command that the script's shell fills in."""
 
 
-
 def sbatch_script(
     job: Job, folder: Path, output: str, *, cores: int, time: str, restarts: int, options: Sequence[str]
 ) -> str:

@@ -25,6 +25,7 @@ import psutil
 from trainers.status import EXIT_CODES, EXIT_REFUSED, Status, read_status
 
 DONE, FAILED, LOST, PREEMPTED = (EXIT_CODES[state] for state in ("done", "failed", "lost", "preempted"))
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not between fork and exec
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # Linux's prctl
 _INTERVAL = 0.1  # seconds between two looks
 _LAST_WORD = 10.0  # seconds that a status may take to arrive, over a shared file system
@@ -243,5 +244,5 @@ def _worst(codes: list[int]) -> int:
 
 
 def _prctl(option: int, value: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+    if _LIBC is not None:
+        _LIBC.prctl(option, value, 0, 0, 0)
