@@ -51,7 +51,8 @@ def read_status(run_dir: Path) -> Status | None:
         status = Status(**{name: value for name, value in values.items() if name in known})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return status if isinstance(status.state, str) else None
+    sound = isinstance(status.state, str) and isinstance(status.exit_code, int | None)
+    return status if sound else None
 
 
 def begin_status(run_dir: Path) -> None:

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -16,9 +18,10 @@ from typer.testing import CliRunner
 
 from tests.test_train import RECIPE, final_tensors, rows
 from tests.tools.fake_slurm import install
-from tools.launch import app
+from tools.launch import _repeat, app
+from tools.launching.supervise import Outcome
 from trainers.state import locked
-from trainers.status import read_status
+from trainers.status import EXIT_CODES, read_status
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
@@ -209,6 +212,36 @@ def test_mistakes_end_in_one_readable_line(
     assert result.stderr.startswith("error: ")
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "restarts", "preempted", "code", "starts"),
+    [
+        ("lost+ lost+ done", 5, False, 0, 3),
+        ("lost+ lost+ lost+", 2, False, 69, 3),
+        ("lost+ lost done", 5, False, 69, 2),  # nothing was gained since the last start
+        ("failed+ done", 5, False, 1, 1),
+        ("preempted+ done", 5, False, 75, 1),
+        ("preempted+ done", 5, True, 0, 2),
+        ("lost+ done", 0, False, 69, 1),
+    ],
+)
+def test_restarts_are_bounded_and_need_progress(
+    capsys: pytest.CaptureFixture[str], outcomes: str, restarts: int, preempted: bool, code: int, starts: int
+) -> None:
+    coming = iter(outcomes.split())
+    count = 0
+
+    def once() -> Outcome:
+        nonlocal count
+        count += 1
+        word = next(coming)
+        return Outcome(EXIT_CODES[word.rstrip("+")], f"{word} for a reason", word.endswith("+"))
+
+    stop = SimpleNamespace(reason=None)
+    assert _repeat(partial(once), stop, restarts, preempted) == code  # type: ignore[arg-type]
+    assert count == starts
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"for a reason [exit code {code}]")
 
 
 def test_print_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

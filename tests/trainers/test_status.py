@@ -67,7 +67,9 @@ def test_only_rank_0_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"state": 3}', '{"step": 1}', "\udcff"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", '{"state": 3}', '{"state": "done", "exit_code": "0"}', '{"step": 1}', "\udcff"]
+)
 def test_what_cannot_be_read_is_no_status(tmp_path: Path, text: str) -> None:
     (tmp_path / STATUS).write_bytes(text.encode(errors="surrogateescape"))
     assert read_status(tmp_path) is None
