@@ -32,6 +32,7 @@ from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
+from trainers.status import end_status, status_of
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
@@ -141,10 +142,13 @@ def main(
             failure, remark = ranks.from_main(_begin(recipe, directory, held) if ranks.is_main else (None, None))
             if failure is not None:
                 raise RecipeError(failure)
+            held.enter_context(status_of(directory, ranks.is_main, (RecipeError, DataError, CheckpointError)))
             run = build_run(recipe, directory, ranks)
             if remark is not None:
                 run.log.say(remark)
             code = pretrain(run)
+            if ranks.is_main:
+                end_status(directory, code)
     except (RecipeError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -31,6 +31,7 @@ from trainers.monitors import MonitorConfig
 from trainers.optim import OptimConfig, ScheduleConfig, build_schedule
 from trainers.runlog import LogConfig
 from trainers.state import LOCK, CheckpointConfig
+from trainers.status import LAUNCH
 
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
 _ASIDE = (
@@ -99,14 +100,14 @@ class Recipe(Section):
         return self.run.dir or Path("runs") / f"{stem}-{self.hash()}"
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, merge and check a recipe.
+def load_recipe(path: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Recipe:
+    """Read, merge and check a recipe, for a run of this process's ``WORLD_SIZE`` unless another is given.
 
     Raises:
         RecipeError: anything that would make the run fail or silently mean something else.
     """
     recipe = read_recipe(path, overrides)
-    check_combinations(recipe, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    check_combinations(recipe, world_size=world_size or int(os.environ.get("WORLD_SIZE", "1")))
     return recipe
 
 
@@ -190,7 +191,7 @@ def claim_run_dir(run_dir: Path, recipe: Recipe) -> str | None:
             old = load_yaml(read_text(path, MOST_RECIPE)) or {}
             started = any((run_dir / "checkpoints").glob("step-*"))
             remark = _check_same_run(run_dir, old, new) if started else None
-        elif run_dir.exists() and {inside.name for inside in run_dir.iterdir()} - {LOCK}:
+        elif run_dir.exists() and {inside.name for inside in run_dir.iterdir()} - {LOCK, LAUNCH}:
             (run_dir / LOCK).unlink(missing_ok=True)
             raise RecipeError(f"{run_dir} is not empty and holds no recipe.yaml; set run.dir to a new folder")
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from trainers.state import (
     CheckpointConfig,
     CheckpointError,
     RunState,
+    checkpoint_path,
     damage_named,
     find_checkpoint,
     generator_states,
@@ -33,6 +34,7 @@ from trainers.state import (
     remove_drafts,
     restore_generators,
 )
+from trainers.status import record_checkpoint
 from trainers.step import train_step
 from trainers.stopping import EXIT_PREEMPTED, StopSignal
 from trainers.weights import save_tensors
@@ -75,6 +77,7 @@ def pretrain(run: Run) -> int:
         ranks,
         permanent=_steps(run.checkpoint.keep_every_epochs, run),
         say=log.say,
+        written=lambda of_step: _record(run, of_step),
     )
     due = _Intervals(run)
     run.method.train()
@@ -154,6 +157,13 @@ def _stopped(run: Run, stop: StopSignal, step: int) -> int:
         " the same command resumes"
     )
     return EXIT_PREEMPTED
+
+
+def _record(run: Run, step: int) -> None:
+    """In ``status.json``: the checkpoint of that step is whole and in its place."""
+    if run.engine.ranks.is_main:
+        name = checkpoint_path(run.directory, step).name
+        record_checkpoint(run.directory, step, step // run.loader.steps_per_epoch, name)
 
 
 def run_state(run: Run, step: int, evaluation_left: bool = False) -> RunState:
