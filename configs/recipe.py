@@ -34,6 +34,7 @@ from trainers.state import LOCK, CheckpointConfig
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
 _ASIDE = (
     *("run", "log", "checkpoint", "engine.timeout", "data.root", "data.url", "data.download"),
+    *("engine.nonfinite", "engine.skips_in_a_row", "engine.skips"),
     *("data.loader", "data.workers", "data.ahead", "data.os_cache", "data.decode", "data.hw_decoder_load"),
 )
 

@@ -18,6 +18,7 @@ from pipelines.loading import Loader
 from trainers.engine import Engine
 from trainers.methods import BaseMethod
 from trainers.monitors import Monitor
+from trainers.nonfinite import NonfiniteGuard
 from trainers.runlog import RunLog
 from trainers.state import (
     CheckpointConfig,
@@ -30,7 +31,6 @@ from trainers.state import (
     restore_generators,
     save_checkpoint,
 )
-from trainers.step import train_step
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 
@@ -61,6 +61,7 @@ def pretrain(run: Run) -> int:
     total = run.epochs * steps_per_epoch
     step = _resume(run)
     log.open(step)
+    guard = NonfiniteGuard(run.engine, run.method, run.loader, run.directory, log)
     stop = _StopSignal()
     log_every = log.config.every_steps
     evaluate_every = max(1, round(run.monitor.config.every_epochs * steps_per_epoch))
@@ -72,20 +73,21 @@ def pretrain(run: Run) -> int:
             epoch, first_step = divmod(step, steps_per_epoch)
             for micro_batches, waited in _timed(run.loader.epoch(epoch, first_step)):
                 lr = run.schedule(step)
-                result = train_step(run.engine, run.method, micro_batches, lr)
-                log.add(result.scalars | run.monitor.observe(result), waited)
+                log.add(guard.step(step + 1, micro_batches, lr, run.monitor.observe), waited)
                 step += 1
                 done = step / steps_per_epoch
 
                 if step % log_every == 0 or step == total:
                     log.write_step(step, done, lr)
                 if step % evaluate_every == 0 or step == total:
+                    guard.look()
                     run.engine.average_running_statistics()
                     if scores := run.monitor.evaluate():
                         log.write_scores(step, done, scores)
                     log.restart_clock()
                 preempted = ranks.any(stop.requested)
                 if step % save_every == 0 or step == total or preempted:
+                    guard.before_save(step)
                     save(run, step)
                     log.restart_clock()
                 if preempted and step < total:
