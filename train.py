@@ -20,6 +20,7 @@ from pipelines.sources import DataError, Source, describe, open_source
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
+from trainers.failures import TrainingError, known_failures
 from trainers.methods import Facts, build_method
 from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
@@ -138,10 +139,14 @@ def main(
             run = build_run(recipe, directory, ranks)
             if remark is not None:
                 run.log.say(remark)
-            code = pretrain(run)
+            with known_failures(run):
+                code = pretrain(run)
     except (RecipeError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
     raise typer.Exit(code)
 
 

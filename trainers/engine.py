@@ -159,6 +159,11 @@ class Engine:
         self._engine.step()
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that it was made with."""
+        return self._optimizer
+
+    @property
     def overflowed(self) -> bool:
         """Whether the last update was left out, without an error: what ZeRO does where a gradient is not finite."""
         return bool(getattr(self._engine.optimizer, "overflow", False))

@@ -15,6 +15,8 @@ from safetensors.torch import save_file
 
 from pipelines.batch import ViewBatch
 from pipelines.loading import Loader
+from pipelines.sources import DataError
+from pipelines.unchanged import data_fingerprint, is_other_data
 from trainers.engine import Engine
 from trainers.methods import BaseMethod
 from trainers.monitors import Monitor
@@ -116,6 +118,7 @@ def save(run: Run, step: int) -> None:
         "epoch": step // run.loader.steps_per_epoch,
         "step_in_epoch": step % run.loader.steps_per_epoch,
         "images": len(run.loader.source),
+        "data": data_fingerprint(run.loader.source) if ranks.is_main else None,
         "encoder": run.export,
         "recipe": (run.directory / "recipe.yaml").read_text(),
     }
@@ -125,6 +128,7 @@ def save(run: Run, step: int) -> None:
 def _resume(run: Run) -> int:
     """Restore the newest whole checkpoint; returns the step to go on from."""
     ranks = run.engine.ranks
+    data = ranks.from_main(data_fingerprint(run.loader.source) if ranks.is_main else None)
     path = ranks.from_main(find_checkpoint(run.directory) if ranks.is_main else None)
     if path is None:
         return 0
@@ -139,6 +143,11 @@ def _resume(run: Run) -> int:
             f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
             " and schedule would change in the middle; restore the images, or start anew with another run.dir"
         )
+    if is_other_data(state.values.get("data") or data, data):  # checkpoints from before it was noted have none
+        raise CheckpointError(
+            f"{path} was trained on other images than {run.loader.source.name} now has, though as many: files have other"
+            " names or sizes than then; restore them, or start anew with another run.dir"
+        )
     load_strict(run.method, state.shared["method"], f"{path}/method.safetensors")
     optimizer = state.sharded if run.engine.config.zero_stage else state.shared
     try:
@@ -150,7 +159,10 @@ def _resume(run: Run) -> int:
     if "generators" in state.sharded:
         restore_generators(state.sharded["generators"], ranks.device)
     if "loader" in state.sharded:
-        run.loader.load_state(state.sharded["loader"]["state"])
+        try:
+            run.loader.load_state(state.sharded["loader"]["state"])
+        except DataError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     run.log.say(f"resuming from {path} (step {state.step})")
     return state.step
 

@@ -48,6 +48,7 @@ class RunLog:
         self.active = ranks.is_main
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}  # of the steps in each sum: some scalars are not known in all
+        self.steps_done = 0  # by this process
         self.skipped_steps: int | None = None  # since the run began; None: none are ever skipped
         self._interval_start = time.perf_counter()
         self._waited = 0.0
@@ -106,6 +107,7 @@ class RunLog:
             value = torch.where(known, value, 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts[name] + known if name in self._counts else known.long()
+        self.steps_done += 1
         self._interval_steps += 1
         self._waited += waited
         if self._progress is not None:
