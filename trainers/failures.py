@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from pipelines.sources import DataError
-from trainers.memory import is_out_of_memory, memory_message
+from trainers.memory import is_out_of_memory, memory_message, room_now
 
 if TYPE_CHECKING:
     from trainers.pretrain import Run
@@ -30,6 +30,9 @@ def known_failures(run: Run) -> Iterator[None]:
 
     A DataError before the first step stays one: the input is refused, nothing was trained.
     """
+    before = None
+    with suppress(OSError, RuntimeError):
+        before = room_now(run.engine.ranks.device)
     try:
         yield
     except DataError as error:
@@ -38,7 +41,7 @@ def known_failures(run: Run) -> Iterator[None]:
         raise TrainingError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            raise TrainingError(memory_message(error, run)) from error
+            raise TrainingError(memory_message(error, run, before)) from error
         if "DataLoader worker" in str(error):  # raised by a signal handler, wherever the main thread stands
             raise TrainingError(f"a process that decodes images died ({error}); {KILLED_HINT}") from error
         raise

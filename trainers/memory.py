@@ -1,4 +1,4 @@
-"""Out of memory: what was asked for, what there is, and the batch that would fit, by measuring two small ones."""
+"""Out of memory: what was asked for, what there is, and the batch that would fit, by the sizes of a step's tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import re
 import resource
 import traceback
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipelines.loading import ranks_of_this_machine
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _MARGIN = 0.1  # of what is free: convolutions' workspaces, fragments, gathered embeddings
+_LIBRARIES = 64e6  # bytes: what threads and libraries take from the first step on
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,47 +58,36 @@ class Need:
         return self.fixed + self.per_image * share / accumulation + self.views * share
 
 
-def memory_message(error: BaseException, run: Run) -> str:
-    """One message for the user. What the failed step held is let go, and two small batches are measured.
+def memory_message(error: BaseException, run: Run, before: Room | None) -> str:
+    """One message for the user; ``before``: what was free before the first step.
 
-    Called on the rank that failed alone: nothing here waits for another.
+    Called on the rank that failed alone: nothing here waits for another, nor takes memory.
     """
-    asked = _asked(str(error))
-    traceback.clear_frames(error.__traceback__)  # they hold the step's activations
+    asked, engine = _asked(str(error)), run.engine.config
+    traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
     gc.collect()
-    device, engine = run.engine.ranks.device, run.engine.config
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
     share = run.log.batch_size // run.engine.ranks.world_size
-    told = f"out of memory on {device}" + (f", which {_size(asked)} more were asked of" if asked else "")
-    try:
-        room = _room(device)
-        told += f"; {room.name} has {_size(room.total)}"
-    except (OSError, RuntimeError):
-        room = None
-    told += f", the batch is {share} images a rank"
+    told = f"out of memory on {run.engine.ranks.device}" + (f" when {_size(asked)} more were asked for" if asked else "")
+    if before is not None:
+        told += f"; {before.name} has {_size(before.total)}, {_size(before.free)} of it free before the first step"
+    told += f"; the batch is {share} images a rank"
     told += f" in {engine.accumulation} micro-batches" if engine.accumulation > 1 else ""
-    need = None
-    with contextlib.suppress(RuntimeError, MemoryError, ValueError, TypeError):  # there is none left even for that
-        need = _need(run, share // engine.accumulation)
-    ways = _ways(run, share, need, room) if need is not None and room is not None else (
-        "choose a smaller batch_size, or keep it and its loss with a larger engine.accumulation"
-    )  # fmt: skip
-    return f"{told}; {ways}; python -m tools.tune RECIPE --batch-size measures what fits"
+    ways = "choose a smaller batch_size, or keep it and its loss with a larger engine.accumulation"
+    if before is not None:
+        with contextlib.suppress(Exception):  # a method that cannot be run without values: it is only not counted
+            ways = _ways(run, share, step_need(run), before)
+    return f"{told}. {ways[0].upper()}{ways[1:]}; python -m tools.tune RECIPE --batch-size measures what fits"
 
 
 def _ways(run: Run, share: int, need: Need, room: Room) -> str:
     ranks, accumulation = run.engine.ranks.world_size, run.engine.config.accumulation
-    budget = room.free * (1 - _MARGIN)
+    budget = room.free * (1 - _MARGIN) - _LIBRARIES
     fits = largest_share(need, budget, share, accumulation)
     if fits == share:
-        return (
-            f"by what small batches take, this one should fit into the {_size(room.free)} that are free now: something"
-            " else took the memory meanwhile"
-        )
+        return "by the size of its tensors this batch should fit: something else took memory, or a smaller one is safer"
     if not fits:
-        return f"not even {accumulation} images fit into the {_size(room.free)} that are free without them"
-    told = f"by what small batches take, batch_size={fits * ranks} would fit: set it"
+        return f"by the size of the tensors not even {accumulation} images fit: a smaller model or views.size would"
+    told = f"by the size of its tensors batch_size={fits * ranks} would fit: set it"
     for parts in range(accumulation + 1, share + 1):
         if share % parts == 0 and need.of(share, parts) <= budget:
             return f"{told}, or keep batch_size={run.log.batch_size} and its loss with engine.accumulation={parts}"
@@ -114,51 +104,35 @@ def largest_share(need: Need, budget: float, share: int, accumulation: int) -> i
     return most // unit * unit
 
 
-def _need(run: Run, micro_batch: int) -> Need:
-    """From the forward and backward passes of two small batches, in eval mode: without a word to other ranks."""
+def step_need(run: Run) -> Need:
+    """By the sizes of all tensors of a forward and backward pass of 8 and 16 images, which are not computed."""
     loader: Any = run.loader
     pixels = len(loader.plan) * 3 * loader.size**2
-    large = max(4, min(micro_batch // 4, 32 if run.engine.ranks.device.type == "cuda" else 8))
-    small = large // 2
     parameters = [p for p in run.method.parameters() if p.requires_grad]
     training = run.method.training
-    run.method.eval()
+    run.method.eval()  # BatchNorm in train mode would wait for the other ranks
     try:
-        peaks = [_peak(lambda n=n: _pass(run, parameters, n), run.engine.ranks.device) for n in (small, large)]
+        small, large = (_peak(run, parameters, images) for images in (8, 16))
     finally:
         run.method.train(training)
-    per_image = (peaks[1] - peaks[0]) / (large - small)
-    fixed = max(0.0, peaks[0] - per_image * small)
-    if not run.engine.optimizer_state():
-        weights = sum(p.numel() * p.element_size() for p in parameters)
-        fixed += weights * (2 if isinstance(run.engine.optimizer, torch.optim.Adam) else 1)
-    ahead = 1 if isinstance(loader, ResidentLoader) else loader.config.ahead + 2
-    return Need(fixed, per_image, pixels * (4 + ahead))
+    per_image = (large - small) / 8
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    state = 2 if isinstance(run.engine.optimizer, torch.optim.Adam) else 1
+    ahead = 1 if isinstance(loader, ResidentLoader) else loader.config.ahead + 2  # batches of bytes
+    return Need(max(0.0, small - per_image * 8) + weights * state, per_image, pixels * (4 + ahead))
 
 
-def _pass(run: Run, parameters: list[torch.nn.Parameter], images: int) -> None:
+def _peak(run: Run, parameters: list[torch.nn.Parameter], images: int) -> int:
+    """The most bytes that the tensors of a pass hold at a time."""
     loader: Any = run.loader
-    method, device = run.method, run.engine.ranks.device
-    views = torch.rand(len(loader.plan), images, 3, loader.size, loader.size, device=device)
-    bfloat16 = run.engine.config.precision == "bfloat16" or (
-        run.engine.config.precision == "auto" and device.type == "cuda"
-    )
-    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-        embedded = method.embed(views.chunk(method.view_parts)[0])
-        total = torch.stack([v.float().mean() for v in embedded.values() if v.requires_grad]).sum()
-    torch.autograd.grad(total, parameters, allow_unused=True)
-
-
-def _peak(work: Callable[[], None], device: torch.device) -> int:
-    """The most bytes of tensors that ``work`` holds at a time."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with _Counted() as counted:
-        work()
+    method, device, precision = run.method, run.engine.ranks.device, run.engine.config.precision
+    bfloat16 = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
+    with FakeTensorMode(allow_non_fake_inputs=True), _Counted() as counted:
+        views = torch.empty(len(loader.plan), images, 3, loader.size, loader.size, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            embedded = method.embed(views.chunk(method.view_parts)[0])
+            total = torch.stack([v.float().mean() for v in embedded.values() if v.requires_grad]).sum()
+        torch.autograd.grad(total, parameters, allow_unused=True)
     return counted.peak
 
 
@@ -191,17 +165,19 @@ class _Counted(TorchDispatchMode):
         self.now -= size
 
 
-def _room(device: torch.device) -> Room:
-    """What is free for this process now, with what its allocator keeps."""
+def room_now(device: torch.device) -> Room:
+    """What is free for this process, with what its allocator keeps."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return Room(torch.cuda.get_device_name(device), total, free + kept)
     memory = psutil.virtual_memory()
     rooms = [Room("the machine", memory.total, memory.available // ranks_of_this_machine())]
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY:
-        rooms.append(Room("the process (ulimit -v)", limit, limit - psutil.Process().memory_info().vms))
+    used = psutil.Process().memory_info()
+    for kind, flag, taken in ((resource.RLIMIT_AS, "-v", used.vms), (resource.RLIMIT_DATA, "-d", used.data)):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(Room(f"the process (ulimit {flag})", limit, limit - taken))
     with contextlib.suppress(OSError, ValueError):
         group = Path("/sys/fs/cgroup")
         most = int((group / "memory.max").read_text())  # "max": there is none
