@@ -50,6 +50,8 @@ def data_fingerprint(source: Source) -> str:
     return f"{kind} {len(images)} {digest.hexdigest()}"
 
 
-def is_other_data(before: str, now: str) -> bool:
-    """Whether two fingerprints are of different images; of two kinds of storage nothing can be said."""
+def is_other_data(before: str | None, now: str | None) -> bool:
+    """Whether two fingerprints are of different images; of two kinds of storage, or of none, nothing can be said."""
+    if before is None or now is None:  # a checkpoint from before it was noted
+        return False
     return before != now and before.split()[0] == now.split()[0]

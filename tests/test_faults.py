@@ -1,4 +1,4 @@
-"""What goes wrong with data, memory and clocks in mid-run: one readable message, the exit code that says so, no hang."""
+"""What goes wrong with data, memory and clocks in mid-run: one readable message, the right exit code, no hang."""
 
 import itertools
 import json

@@ -32,8 +32,8 @@ class EngineConfig(Section):
     batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
     channels_last: bool = True
     compile: bool = False  # torch.compile the encoder
-    # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite. skip:
-    # the step is undone and counted, at the price of a copy of the weights and a wait for the device in every step.
+    # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite.
+    # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device in every step.
     nonfinite: Literal["stop", "skip"] = "stop"
     skips_in_a_row: int = Field(5, ge=1)  # more end the run, with nonfinite=skip
     skips: int = Field(100, ge=1)  # more in all end the run

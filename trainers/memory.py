@@ -67,7 +67,9 @@ def memory_message(error: BaseException, run: Run, before: Room | None) -> str:
     traceback.clear_frames(error.__traceback__)  # they hold the failed step's tensors
     gc.collect()
     share = run.log.batch_size // run.engine.ranks.world_size
-    told = f"out of memory on {run.engine.ranks.device}" + (f" when {_size(asked)} more were asked for" if asked else "")
+    told = f"out of memory on {run.engine.ranks.device}" + (
+        f" when {_size(asked)} more were asked for" if asked else ""
+    )
     if before is not None:
         told += f"; {before.name} has {_size(before.total)}, {_size(before.free)} of it free before the first step"
     told += f"; the batch is {share} images a rank"

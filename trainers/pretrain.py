@@ -143,10 +143,10 @@ def _resume(run: Run) -> int:
             f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}: order"
             " and schedule would change in the middle; restore the images, or start anew with another run.dir"
         )
-    if is_other_data(state.values.get("data") or data, data):  # checkpoints from before it was noted have none
+    if is_other_data(state.values.get("data"), data):
         raise CheckpointError(
-            f"{path} was trained on other images than {run.loader.source.name} now has, though as many: files have other"
-            " names or sizes than then; restore them, or start anew with another run.dir"
+            f"{path} was trained on other images than {run.loader.source.name} now has, though as many: files have"
+            " other names or sizes than then; restore them, or start anew with another run.dir"
         )
     load_strict(run.method, state.shared["method"], f"{path}/method.safetensors")
     optimizer = state.sharded if run.engine.config.zero_stage else state.shared

@@ -18,7 +18,6 @@ from torch.utils.tensorboard import SummaryWriter
 from pipelines.config import Section
 from trainers.engine import Ranks
 
-
 _SKIPPED = "skipped_steps::total"
 
 

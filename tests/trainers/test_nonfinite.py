@@ -197,7 +197,7 @@ def undone(group: dist.ProcessGroup, directory: Path) -> dict[str, list[str]]:
                 after = everything(rough)
                 assert before.keys() == after.keys()
                 changed = [key for key in before if not torch.equal(before[key], after[key])]
-                assert changed == [], (name, number, changed)
+                assert changed == [], (number, changed)
 
         skip()
         for step in range(3):
