@@ -33,7 +33,7 @@ class EngineConfig(Section):
     channels_last: bool = True
     compile: bool = False  # torch.compile the encoder
     # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite.
-    # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device at each step.
+    # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device a step.
     nonfinite: Literal["stop", "skip"] = "stop"
     skips_in_a_row: int = Field(5, ge=1)  # more end the run, with nonfinite=skip
     skips: int = Field(100, ge=1)  # more in all end the run

@@ -81,7 +81,7 @@ class NonfiniteGuard:
         self._in_a_row = 0
         update_method(self.engine, self.method, result)
         scalars = result.scalars | observe(result)
-        if number % self.log.config.every_steps == 0 or number % _LOOK_EVERY == 0:
+        if 0 in (number % self.log.config.every_steps, number % _LOOK_EVERY, number - self.log.total_steps):
             self.look()
         return scalars
 
