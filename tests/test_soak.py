@@ -29,7 +29,7 @@ monitor: {{every_epochs: 1, mine: true}}
 checkpoint: {{every_epochs: 1}}
 log: {{every_steps: 2}}
 """
-# Bytes an epoch. What this is to find (a batch of views, a checkpoint's tensors, the bank of an evaluation) is 100 kB and
+# Bytes an epoch. What this is to find (a batch of views, a checkpoint's tensors, an evaluation's bank) is 100 kB and
 # more; a heap that settles was seen to take up to 20. In a short run its jumps of 1 to 2 MB count for more than that.
 MOST_GROWTH, JUMPS = 40_000, 4_000_000
 
