@@ -25,7 +25,7 @@ from pipelines.sources import DataError, Source, describe, open_source
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
-from trainers.failures import TrainingError
+from trainers.failures import TrainingError, known_failures
 from trainers.methods import Facts, build_method
 from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
@@ -146,7 +146,8 @@ def main(
             run = build_run(recipe, directory, ranks)
             if remark is not None:
                 run.log.say(remark)
-            code = pretrain(run)
+            with known_failures(run):
+                code = pretrain(run)
             if ranks.is_main:
                 end_status(directory, code)
     except (RecipeError, DataError, CheckpointError) as error:

@@ -27,7 +27,7 @@ class LoaderConfig(Section):
     order: Literal["random", "quasi_random"] = "random"  # quasi_random: nearly as stored on the disk
     last: Literal["drop", "pad"] = "drop"  # what whole batches leave over; pad: filled up with the epoch's first images
     scaled: bool = True  # JPEGs decode at 1/2, 1/4 or 1/8 where a view still has no fewer pixels than it needs
-    os_cache: bool = True  # .beton: map the file into memory; false: read sample by sample
+    os_cache: bool = False  # .beton: map the file into memory, which ends the process should the file be cut off then
     decode: Literal["cpu", "mixed"] | None = None  # dali: where JPEGs decode; None: mixed on a GPU
     hw_decoder_load: float = Field(default=0.65, ge=0, le=1)  # dali, mixed: share of the images for the hardware engine
     reader: Literal["ours", "dali"] = "ours"  # dali: who reads files, shuffles and draws the crops

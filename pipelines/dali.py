@@ -22,6 +22,7 @@ from pipelines.dali_pipelines import Batch, CropPipeline, DecodeError, Engine, d
 from pipelines.dali_readers import DaliReader
 from pipelines.loading import Crops, StreamedLoader, refuse_state
 from pipelines.stored.images import DataError, decode_bytes, upright_jpeg
+from pipelines.unchanged import check_unchanged
 
 _TOGETHER = 16  # images that a thread reads at a time
 
@@ -64,6 +65,7 @@ class DaliLoader(StreamedLoader):
         if self._reader is None:
             yield from super().epoch(epoch, first_step)
             return
+        check_unchanged(self.source.images)
         with closing(self.on_device(self._reader.crops(epoch, first_step))) as batches:
             for crops in batches:
                 self._reader.delivered()

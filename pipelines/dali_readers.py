@@ -20,6 +20,7 @@ from pipelines.dali_pipelines import Engine, dali
 from pipelines.dali_stored import OURS_CAN, READER, stored_for_dali
 from pipelines.loading import Crops, StreamedLoader
 from pipelines.stored.images import DataError
+from pipelines.unchanged import check_unchanged
 
 Place = tuple[int, int]  # epoch, and the step of it that comes next
 
@@ -132,6 +133,7 @@ class DaliReader:
         try:
             index, *views = pipeline.share_outputs()
         except RuntimeError as error:
+            check_unchanged(self.loader.source.images)  # says which file
             raise DataError(
                 f"DALI cannot go on in {self.loader.source.name}: {error}; it does not say which image is broken: "
                 "data.reader=ours does, and python -m tools.convert PATH --verify"

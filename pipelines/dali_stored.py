@@ -54,6 +54,7 @@ class _Files:
             pad_last_batch=True,
             shard_id=rank,
             num_shards=world_size,
+            dont_use_mmap=True,  # reading beyond the end of a map ends the process without a word
             name=READER,
         )
 
@@ -91,6 +92,7 @@ class _Shards:
             "pad_last_batch": True,
             "shard_id": rank,
             "num_shards": world_size,
+            "dont_use_mmap": True,
             "name": READER,
         }
         if self.kind == "webdataset":

@@ -25,6 +25,7 @@ from pipelines.config import LoaderConfig
 from pipelines.order import EpochOrder
 from pipelines.policies import apply_policies
 from pipelines.sources import DataError, Source
+from pipelines.unchanged import check_unchanged
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
 
@@ -117,6 +118,7 @@ class StreamedLoader(ABC):
         return self.order.steps
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[ViewBatch]]:
+        check_unchanged(self.source.images)
         with closing(self.on_device(self.crops(epoch, self.order.shares(epoch, first_step)))) as batches:
             for crops in batches:
                 yield self._micro_batches(crops, epoch)

@@ -32,6 +32,11 @@ class EngineConfig(Section):
     batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
     channels_last: bool = True
     compile: bool = False  # torch.compile the encoder
+    # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite.
+    # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device a step.
+    nonfinite: Literal["stop", "skip"] = "stop"
+    skips_in_a_row: int = Field(5, ge=1)  # more end the run, with nonfinite=skip
+    skips: int = Field(100, ge=1)  # more in all end the run
     timeout: float = Field(600, gt=0)  # seconds after which a lost or frozen rank is an error on all others
 
 
@@ -165,6 +170,16 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The one that it was made with."""
+        return self._optimizer
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether the last update was left out, without an error: what ZeRO does where a gradient is not finite."""
+        return bool(getattr(self._engine.optimizer, "overflow", False))
+
     def average_running_statistics(self) -> None:
         """With per-rank BatchNorm, make all ranks agree before saving or evaluating."""
         if self.ranks.group is not None and self.config.batchnorm == "local":
@@ -217,6 +232,22 @@ class Engine:
             else:  # a step count, the same on all; or another's, which is refused below
                 own[name] = parts[0]
         self.load_optimizer_state(own)
+
+    @torch.no_grad()
+    def restore_optimizer_state(self, state: dict[str, Tensor]) -> None:
+        """Put back in place what ``optimizer_state`` gave before a step; what the step added is forgotten.
+
+        The weights are put back first: ZeRO keeps a copy of its own.
+        """
+        if self.config.zero_stage > 0:
+            self._engine.optimizer.refresh_fp32_params()
+        for owner, parameter in self._owners().items():
+            own = self._optimizer.state.get(parameter, {})
+            for key in [key for key, value in own.items() if isinstance(value, Tensor)]:
+                if f"{owner}::{key}" in state:
+                    own[key].copy_(state[f"{owner}::{key}"])
+                else:
+                    del own[key]
 
     def _owners(self) -> dict[str, Tensor]:
         if self.config.zero_stage == 0:

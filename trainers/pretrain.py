@@ -14,12 +14,15 @@ from safetensors import SafetensorError
 
 from pipelines.batch import ViewBatch
 from pipelines.loading import Loader
+from pipelines.sources import DataError
+from pipelines.unchanged import data_fingerprint, is_other_data
 from trainers.checkpoint_writer import CheckpointWriter
 from trainers.elastic import elastic_remarks
 from trainers.engine import Engine
 from trainers.failures import TrainingError
 from trainers.methods import BaseMethod
 from trainers.monitors import Monitor
+from trainers.nonfinite import NonfiniteGuard
 from trainers.runlog import RunLog
 from trainers.state import (
     CheckpointConfig,
@@ -35,7 +38,6 @@ from trainers.state import (
     restore_generators,
 )
 from trainers.status import record_checkpoint
-from trainers.step import train_step
 from trainers.stopping import EXIT_PREEMPTED, StopSignal
 from trainers.weights import save_tensors
 
@@ -79,6 +81,7 @@ def pretrain(run: Run) -> int:
         say=log.say,
         written=lambda of_step: _record(run, of_step),
     )
+    guard = NonfiniteGuard(run.engine, run.method, run.loader, run.directory, log)
     due = _Intervals(run)
     run.method.train()
     log.restart_clock()
@@ -90,18 +93,20 @@ def pretrain(run: Run) -> int:
             epoch, first_step = divmod(step, steps_per_epoch)
             for micro_batches, waited in _timed(run.loader.epoch(epoch, first_step)):
                 lr = run.schedule(step)
-                result = train_step(run.engine, run.method, micro_batches, lr)
-                log.add(result.scalars | run.monitor.observe(result), waited)
+                log.add(guard.step(step + 1, micro_batches, lr, run.monitor.observe), waited)
                 step += 1
 
                 if step % log.config.every_steps == 0 or step == total:
                     log.write_step(step, step / steps_per_epoch, lr)
-                evaluation_left = due.evaluation(step) and not _evaluate(run, step, stop)
+                if evaluation_left := due.evaluation(step):
+                    guard.look()
+                    evaluation_left = not _evaluate(run, step, stop)
 
                 stopping, timed, pending = map(bool, ranks.highest(stop.requested, writer.due(), writer.pending))
                 writer.advance(pending)
                 last = stopping or step == total
                 if last or timed or due.checkpoint(step):
+                    guard.before_save(step)
                     state = run_state(run, step, evaluation_left)
                     if last:
                         writer.write_now(state)
@@ -180,6 +185,7 @@ def run_state(run: Run, step: int, evaluation_left: bool = False) -> RunState:
         "evaluation_left": evaluation_left,
         "images": len(run.loader.source),
         "accumulation": run.engine.config.accumulation,
+        "data": data_fingerprint(run.loader.source) if run.engine.ranks.is_main else None,
         "encoder": run.export,
         "recipe": (run.directory / "recipe.yaml").read_text(),
     }
@@ -191,6 +197,7 @@ def _resume(run: Run) -> tuple[int, bool]:
     ranks = run.engine.ranks
     if ranks.is_main:
         remove_drafts(run.directory)
+    data = ranks.from_main(data_fingerprint(run.loader.source) if ranks.is_main else None)
     path = ranks.from_main(find_checkpoint(run.directory) if ranks.is_main else None)
     if path is None:
         return 0, False
@@ -200,18 +207,27 @@ def _resume(run: Run) -> tuple[int, bool]:
         )
     state = load_checkpoint(path, ranks)
     with damage_named(path):
-        images = len(run.loader.source)
-        if state.values["images"] != images:
-            raise CheckpointError(
-                f"{path} was trained on {state.values['images']} images, {run.loader.source.name} now has {images}:"
-                " order and schedule would change in the middle; restore the images, or start anew with another run.dir"
-            )
+        _check_same_data(run, state, data, path)
         restore(run, state, str(path))
     run.log.say(f"resuming from {path} (step {state.step})")
     for remark in elastic_remarks(state.values, ranks.world_size, run.engine.config, run.log.batch_size):
         run.log.say(remark)
     left = state.values.get("evaluation_left", False)
     return state.step, ranks.from_main(left and ranks.is_main and not run.log.has_scores(state.step))
+
+
+def _check_same_data(run: Run, state: RunState, data: Any, path: Path) -> None:
+    images, name = len(run.loader.source), run.loader.source.name
+    if state.values["images"] != images:
+        raise CheckpointError(
+            f"{path} was trained on {state.values['images']} images, {name} now has {images}: order and schedule would"
+            " change in the middle; restore the images, or start anew with another run.dir"
+        )
+    if is_other_data(state.values.get("data"), data):
+        raise CheckpointError(
+            f"{path} was trained on other images than {name} now has, though as many: files have other names or sizes"
+            " than then; restore them, or start anew with another run.dir"
+        )
 
 
 def restore(run: Run, state: RunState, path: str) -> None:
@@ -233,7 +249,10 @@ def restore(run: Run, state: RunState, path: str) -> None:
     else:  # of another number of ranks: other draws, but not those of the run's first steps again
         torch.manual_seed((torch.initial_seed() + 1_000_003 * state.step) % 2**63)
     if "loader" in state.sharded:
-        run.loader.load_state(state.sharded["loader"]["state"])
+        try:
+            run.loader.load_state(state.sharded["loader"]["state"])
+        except DataError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
 def _timed(batches: Iterator[list[ViewBatch]]) -> Iterator[tuple[list[ViewBatch], float]]:

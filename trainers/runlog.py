@@ -21,6 +21,8 @@ from pipelines.foreign import load_json, read_text
 from trainers.engine import Ranks
 from trainers.state import CheckpointError
 
+_SKIPPED = "skipped_steps::total"
+
 
 class LogConfig(Section):
     every_steps: int = Field(10, ge=1)
@@ -48,6 +50,8 @@ class RunLog:
         self.active = ranks.is_main
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}  # of the steps in each sum: some scalars are not known in all
+        self.steps_done = 0  # by this process
+        self.skipped_steps: int | None = None  # since the run began; None: none are ever skipped
         self._interval_start = time.perf_counter()
         self._waited = 0.0
         self._interval_steps = 0
@@ -114,6 +118,7 @@ class RunLog:
             value = torch.where(known, value, 0)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts[name] + known if name in self._counts else known.long()
+        self.steps_done += 1
         self._interval_steps += 1
         self._waited += waited
         if self._progress is not None:
@@ -124,6 +129,8 @@ class RunLog:
         counts = {name: int(count) for name, count in self._counts.items()}
         row = {f"train/{name}": float(self._sums[name]) / count for name, count in counts.items() if count}
         row["train/lr"] = lr
+        if self.skipped_steps is not None:
+            row["train/skipped_steps"] = self.skipped_steps
         seconds = time.perf_counter() - self._interval_start
         if self._interval_steps:
             rate = self._interval_steps * self.batch_size / seconds
@@ -131,8 +138,9 @@ class RunLog:
             row |= {"time/images_per_second": rate, "time/data_wait": wait}
             eta = (self.total_steps - step) * seconds / self._interval_steps
             if self.active:
+                loss = f"{row['train/loss']:.4f}" if "train/loss" in row else "none, all steps were skipped"
                 self._say(
-                    f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {row['train/loss']:.4f}  lr {lr:.3g}"
+                    f"step {step}/{self.total_steps}  epoch {epoch:.2f}  loss {loss}  lr {lr:.3g}"
                     f"  {rate:,.0f} images/s  data wait {wait:.0%}  ETA {_clock(eta)}"
                 )
         self._sums, self._counts = {}, {}
@@ -177,10 +185,14 @@ class RunLog:
             self._say(text)
 
     def state(self) -> dict[str, Tensor]:
-        """Sums that a checkpoint between two rows would otherwise lose."""
-        return self._sums | {f"{name}::steps": count for name, count in self._counts.items()}
+        """Sums that a checkpoint between two rows would otherwise lose, and the count of skipped steps."""
+        state = self._sums | {f"{name}::steps": count for name, count in self._counts.items()}
+        return state | ({} if self.skipped_steps is None else {_SKIPPED: torch.tensor(self.skipped_steps)})
 
     def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        tensors = dict(tensors)
+        if (skipped := tensors.pop(_SKIPPED, None)) is not None:
+            self.skipped_steps = int(skipped)
         self._sums = {name: value.to(device) for name, value in tensors.items() if not name.endswith("::steps")}
         self._counts = {name: tensors[f"{name}::steps"].to(device) for name in self._sums}
 

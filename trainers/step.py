@@ -31,13 +31,22 @@ def train_step(engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewB
     graph; loss and gradient on the embeddings; then embed each again and pull that gradient through. A method that
     embeds its views in parts goes the same way, or part by part if its loss is the mean of the parts' losses.
     """
-    if len(micro_batches) > 1 or (method.view_parts > 1 and not method.separable):
-        result = _two_passes(engine, method, micro_batches, lr)
-    else:
-        result = _part_by_part(engine, method, micro_batches[0], lr)
-    with torch.no_grad():
-        method.update(result.embeddings, result.batch, engine.ranks.group)
+    result = optimise(engine, method, micro_batches, lr)
+    update_method(engine, method, result)
     return result
+
+
+def optimise(engine: Engine, method: BaseMethod, micro_batches: Sequence[ViewBatch], lr: float) -> StepResult:
+    """``train_step`` without the method's own ``update``."""
+    if len(micro_batches) > 1 or (method.view_parts > 1 and not method.separable):
+        return _two_passes(engine, method, micro_batches, lr)
+    return _part_by_part(engine, method, micro_batches[0], lr)
+
+
+@torch.no_grad()
+def update_method(engine: Engine, method: BaseMethod, result: StepResult) -> None:
+    """Let the method take in a step: queues, prototypes, counts."""
+    method.update(result.embeddings, result.batch, engine.ranks.group)
 
 
 def _part_by_part(engine: Engine, method: BaseMethod, batch: ViewBatch, lr: float) -> StepResult:

@@ -94,6 +94,7 @@ def read_at(file: StoredFile, offset: int, length: int) -> bytes:
                 if not more:
                     break
                 data += more
+            check_version(file, descriptor)  # overwritten in place, it would give other pixels without a word
     if len(data) > length:
         raise DataError(
             f"{file.place}: the server sends {len(data):,} bytes where {length:,} are asked for: it does not know "
@@ -113,7 +114,10 @@ def read_whole(place: str) -> bytes:
 
 def check_version(file: StoredFile, descriptor: int) -> None:
     if _version(os.fstat(descriptor)) != file.version:
-        raise DataError(f"{file.place}: the file was changed or replaced while it was in use; start again")
+        raise DataError(
+            f"{file.place}: the file was changed, cut off or replaced while it was in use; put the old one back and run"
+            " the same command again"
+        )
 
 
 def _version(facts: os.stat_result) -> tuple[int, int, int]:

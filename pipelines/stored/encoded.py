@@ -44,12 +44,13 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
         yield image
 
 
-def check_size(path: Path) -> None:
-    """Raise OSError for what is no regular file, or has more than MOST_BYTES."""
+def check_size(path: Path) -> os.stat_result:
+    """What the system knows of a file; raise OSError if it is not a regular one, or has more than MOST_BYTES."""
     check_regular(path)
-    size = os.stat(path).st_size
-    if size > MOST_BYTES:
-        raise OSError(f"it has {size:,} bytes, more than {MOST_BYTES:,}")
+    facts = os.stat(path)
+    if facts.st_size > MOST_BYTES:
+        raise OSError(f"it has {facts.st_size:,} bytes, more than {MOST_BYTES:,}")
+    return facts
 
 
 def check_scans(image: Image.Image, data: bytes | None = None) -> None:

@@ -168,6 +168,7 @@ class FileImages:
         self.root = root
         self.names = names if isinstance(names, np.ndarray) else np.array([os.fsencode(n) for n in names], dtype="S")
         self._size: tuple[int, int] | None = None  # known to be shared
+        self._seen: np.ndarray | None = None  # [N, 2] int64, size and date when first read; zeros: not read yet
 
     def __len__(self) -> int:
         return len(self.names)
@@ -183,10 +184,23 @@ class FileImages:
 
     def read(self, index: int) -> bytes:
         try:
-            check_size(self.path(index))
+            self._check_same(index, check_size(self.path(index)))
             return self.path(index).read_bytes()
         except OSError as error:
             raise DataError(f"cannot read the image file {self.path(index)}: {error}") from error
+
+    def _check_same(self, index: int, facts: os.stat_result) -> None:
+        """Refuse a file that was changed since this process first read it: boxes are drawn for the one before."""
+        if self._seen is None:
+            self._seen = np.zeros((len(self), 2), np.int64)
+        now = facts.st_size, facts.st_mtime_ns
+        before = tuple(self._seen[index].tolist())
+        if any(before) and before != now:
+            raise DataError(
+                f"the image file {self.path(index)} was changed during the run ({before[0]:,} bytes before, now"
+                f" {now[0]:,}); put the old one back and run the same command again"
+            )
+        self._seen[index] = now
 
     @property
     def array(self) -> None:

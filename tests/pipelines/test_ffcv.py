@@ -58,8 +58,8 @@ def test_without_a_memory_map_the_same_and_nothing_stays_mapped(packed: Path) ->
     read = opened(packed, os_cache=False)
     expected = crops(read, os_cache=False)
     assert not mapped()
-    source = opened(packed)
-    assert torch.equal(crops(source), expected)
+    source = opened(packed, os_cache=True)
+    assert torch.equal(crops(source, os_cache=True), expected)
     assert mapped()
 
 

@@ -18,9 +18,10 @@ from typer.testing import CliRunner, Result
 from configs.recipe import RecipeError, load_recipe
 from tests.tools import hungry
 from tools import tune
-from tools.tuning.batch_size import Tries, TuneError, is_out_of_memory, largest_batch
+from tools.tuning.batch_size import Tries, TuneError, largest_batch
 from tools.tuning.lr_range import Curve, sweep
 from tools.tuning.writing import where_to_write, write_recipe
+from trainers.memory import is_out_of_memory
 
 RECIPE = """
 epochs: 4

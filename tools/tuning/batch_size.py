@@ -29,12 +29,12 @@ from pipelines.resident import free_bytes
 from pipelines.sources import DataError
 from train import build_run
 from trainers.engine import Ranks, joined_ranks
+from trainers.memory import is_out_of_memory
 from trainers.step import train_step
 
 STEPS = 3  # of a try: the second has the optimizer's state, the third the loader's batches ahead
 _INTERVAL = 0.02  # seconds between two looks at a process's memory
 _WORKERS_EVERY = 25  # looks: theirs takes milliseconds to add up
-_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 
 
 class TuneError(RuntimeError):
@@ -171,13 +171,6 @@ def load_for(path: Path, overrides: Sequence[str], batch_size: int, ranks: int) 
     recipe = load_recipe(path, [*overrides, f"batch_size={batch_size}"])
     check_combinations(recipe, world_size=ranks)
     return recipe
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Allocators of GPUs and CPUs, and the libraries above them, each say it in their own words."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY)
 
 
 def endless(loader: Loader) -> Generator[list[ViewBatch], None, None]:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from configs.recipe import Recipe
-from tools.tuning.batch_size import TuneError, endless, is_out_of_memory
+from tools.tuning.batch_size import TuneError, endless
 from train import build_run
 from trainers.engine import joined_ranks
+from trainers.memory import is_out_of_memory
 from trainers.step import train_step
 
 # Six decades around what the optimizers are used with; of the steps themselves, lr_scaling included.
