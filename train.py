@@ -1,6 +1,7 @@
 """Pretrain an encoder: ``python train.py RECIPE.yaml [key.sub=value …]``.
 
-The same command again resumes the run. SIGTERM writes a checkpoint and exits with code 75.
+The same command again resumes the run. SIGTERM writes a checkpoint and exits with code 75. If another rank or the
+network to it is lost, all ranks end with code 69, and the same command goes on from the last checkpoint.
 Under torchrun or deepspeed the batch is spread over all ranks.
 """
 
@@ -26,6 +27,7 @@ from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
+from trainers.watch import LostPeerError, report_failure
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
@@ -117,6 +119,7 @@ def _agreed_loader(recipe: Recipe, source: Source, size: int, ranks: Ranks) -> t
     return choice
 
 
+REFUSALS = (RecipeError, DataError, CheckpointError)  # input that the user can mend: one line and exit code 2
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -130,18 +133,25 @@ def main(
     try:
         recipe = load_recipe(recipe_path, overrides or [])
         directory = recipe.run_dir(recipe_path.stem)
-        with joined_ranks(recipe.engine) as ranks, ExitStack() as held:
+        with joined_ranks(recipe.engine, REFUSALS) as ranks, ExitStack() as held:
             # Rank 0 alone downloads and claims; what it cannot do, all ranks report alike.
             failure, remark = ranks.from_main(_begin(recipe, directory, held) if ranks.is_main else (None, None))
-            if failure is not None:
-                raise RecipeError(failure)
+            if failure is not None:  # all ranks know it, and leave together
+                if ranks.is_main:
+                    print(f"error: {failure}", file=sys.stderr)
+                raise typer.Exit(2)
             run = build_run(recipe, directory, ranks)
             if remark is not None:
                 run.log.say(remark)
             code = pretrain(run)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except REFUSALS as error:
+        report_failure(str(error), 2)
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
+    except LostPeerError as error:
+        if not error.printed:
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.code) from None
     raise typer.Exit(code)
 
 
@@ -151,7 +161,7 @@ def _begin(recipe: Recipe, directory: Path, held: ExitStack) -> tuple[str | None
         open_source(recipe.data, "pretrain")
         held.enter_context(locked(directory))
         return None, claim_run_dir(directory, recipe)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except REFUSALS as error:
         return str(error), None
 
 

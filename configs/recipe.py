@@ -33,7 +33,8 @@ from trainers.state import LOCK, CheckpointConfig
 
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
 _ASIDE = (
-    *("run", "log", "checkpoint", "engine.timeout", "data.root", "data.url", "data.download"),
+    *("run", "log", "checkpoint", "data.root", "data.url", "data.download"),
+    *("engine.timeout", "engine.start_timeout", "engine.watch_port"),
     *("data.loader", "data.workers", "data.ahead", "data.os_cache", "data.decode", "data.hw_decoder_load"),
 )
 

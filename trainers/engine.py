@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipelines.config import Section
 from trainers.batchnorm import average_running_statistics, synchronise_batchnorm
+from trainers.watch import failures_reported, watched
 
 T = TypeVar("T")
 
@@ -32,7 +33,9 @@ class EngineConfig(Section):
     batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
     channels_last: bool = True
     compile: bool = False  # torch.compile the encoder
-    timeout: float = Field(600, gt=0)  # seconds after which a lost or frozen rank is an error on all others
+    timeout: float = Field(60, ge=1, le=86400)  # seconds after which a frozen rank or a silent link ends all ranks
+    start_timeout: float = Field(1800, ge=1, le=86400)  # seconds that ranks wait for each other, and for rank 0's work
+    watch_port: int = Field(0, ge=0, le=65535)  # where rank 0's companion listens (trainers/watch.py); 0: any free
 
 
 @dataclass(frozen=True)
@@ -71,29 +74,39 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(config: EngineConfig) -> Iterator[Ranks]:
-    """Join the other processes that torchrun or deepspeed started (their environment says so), or stand alone."""
+def joined_ranks(config: EngineConfig, refusals: tuple[type[Exception], ...] = ()) -> Iterator[Ranks]:
+    """Join the other processes that torchrun or deepspeed started (their environment says so), or stand alone.
+
+    Several ranks watch over each other until the end of the block: what fails in one is told to all, and an exception
+    of a ``refusals`` type as refused input (trainers/watch.py).
+    """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if _has_gpu() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.timeout)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # no port is opened and no environment needed
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        alone = world_size == 1
-        yield Ranks(
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            group=None if alone else dist.group.WORLD,
-            control=None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)),
-        )
-    finally:
-        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no port is opened and no environment needed
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield Ranks(rank=0, world_size=1, device=device, group=None, control=None)
+        finally:
+            dist.destroy_process_group()
+        return
+    patience = timedelta(seconds=config.start_timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
+    store.set_timeout(patience)
+    watch = watched(
+        store,
+        rank,
+        world_size,
+        timeout=config.timeout,
+        patience=config.start_timeout,
+        port=config.watch_port,
+    )
+    with watch, failures_reported(refusals):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+        control = dist.new_group(backend="gloo", timeout=patience)
+        yield Ranks(rank, world_size, device, dist.group.WORLD, cast(dist.ProcessGroup, control))
+        dist.destroy_process_group()  # after a failure it could wait for a rank that is gone
 
 
 class Engine:
@@ -114,7 +127,8 @@ class Engine:
         view_parts: int = 1,
     ) -> None:
         self.config, self.ranks, self.method = config, ranks, method
-        deepspeed = _import_deepspeed(ranks, config.timeout)
+        deepspeed = _import_deepspeed(ranks, config.start_timeout)
+        self._patient_calls = 2 * config.accumulation * view_parts  # two whole steps: all is compiled by then
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if ranks.device.type == "cuda" else "float32"
@@ -152,6 +166,20 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._patient_calls -= 1
+        if self._patient_calls == 0 and self.ranks.group is not None and not self.config.compile:
+            self._expect_ranks_together()
+
+    def _expect_ranks_together(self) -> None:
+        """From now on a collective of a step that waits longer than ``timeout`` means that a rank is stuck.
+
+        The watch sees a rank that is gone or frozen, and sees it first; this is for one that is alive and waits for
+        something else. The control group stays patient: there ranks wait for rank 0 to write a checkpoint.
+        """
+        from deepspeed.utils import groups
+
+        for group in (self.ranks.group, groups._WORLD_GROUP):
+            set_group_timeout(group, 1.25 * self.config.timeout + 5)
 
     def average_running_statistics(self) -> None:
         """With per-rank BatchNorm, make all ranks agree before saving or evaluating."""
@@ -192,6 +220,14 @@ class Engine:
         if self.config.zero_stage == 0:
             return dict(self.method.named_parameters())
         return {f"group{i}": flat for i, flat in enumerate(self._engine.optimizer.single_partition_of_fp32_groups)}
+
+
+def set_group_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
+    """Change how long collectives of a group (None: the default group) may take, from the next one on."""
+    set_timeout = getattr(dist, "set_timeout", None)  # public since torch 2.12 or so
+    if set_timeout is None:
+        set_timeout = dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=seconds), group)
 
 
 Module = TypeVar("Module", bound=nn.Module)
