@@ -1,6 +1,6 @@
 """Watching over the ranks of one run, so that none waits for another that will not come.
 
-Each rank starts a companion process (``trainers/companion.py``), which finds out if any rank or the link between them
+Each rank starts a companion process (``trainers/companion``), which finds out if any rank or the link between them
 is frozen or gone, prints the first cause once, and ends its rank. A collective that fails here is often only the
 consequence of what happened elsewhere: ``failures_reported`` turns it into a ``LostPeerError`` that says so.
 """
@@ -11,152 +11,21 @@ import contextlib
 import json
 import os
 import secrets
-import select
 import socket
-import struct
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
-from trainers.companion.hub import HOLD
-from trainers.companion.lines import LOST, Lines
+from trainers.companion.addresses import own_addresses
+from trainers.companion.lines import LOST
+from trainers.companion.rank import GRACE, LostPeerError, Watch, one_line
 
 EXIT_LOST = LOST
-GRACE = 5.0  # seconds that a rank has to end by itself before its companion kills it
-LONGEST_CAUSE = 500  # characters
-_START = "import sys; sys.path.append({root!r}); from trainers.companion.process import main; main()"
 _FAILED, _HUB = "watch/failed", "watch/hub"
 _SIGNS = ("gloo/", "NCCL", "ncclSystemError", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
-
-
-class LostPeerError(RuntimeError):
-    """Another rank, or the link to it, failed first; ``code`` is what this process exits with.
-
-    ``printed``: the companion has shown the message already.
-    """
-
-    def __init__(self, cause: str, code: int = EXIT_LOST, printed: bool = False) -> None:
-        super().__init__(cause)
-        self.code, self.printed = code, printed
-
-
-class Watch:
-    """This rank's end of the pipe to its companion: a thread that proves the rank alive and hears the verdict."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.complete = threading.Event()  # rank 0: every rank's companion is connected
-        self.told = threading.Event()
-        self.verdict: LostPeerError | None = None
-        self.before_end: list[Callable[[str, int], None]] = []
-        self._timeout, self._interval = settings["timeout"], settings["interval"]
-        self.leaving = False  # the main thread is on its way out, and prints and exits itself
-        self._lock = threading.Lock()
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _START.format(root=str(Path(__file__).parents[1]))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(settings).encode() + b"\n")
-        self._process.stdin.flush()
-        self._lines = Lines(self._process.stdout.fileno(), self._process.stdin.fileno())
-
-    def await_first_word(self, key: str) -> Any:
-        """What the companion says once it listens (rank 0) or is connected; only then is the rank watched.
-
-        Raises:
-            LostPeerError: it cannot, and says why.
-        """
-        while True:
-            select.select([self._lines.source], [], [])
-            for message in self._lines.receive():
-                if "refused" in message:
-                    raise LostPeerError(message["refused"], code=2)
-                if key in message:
-                    threading.Thread(target=self._keep_alive, name="watch", daemon=True).start()
-                    return message[key]
-            if self._lines.ended:
-                raise LostPeerError("the companion of this rank did not start")
-
-    def say(self, **message: Any) -> None:
-        with self._lock:
-            self._lines.send(message)
-
-    def fail(self, cause: str, code: int) -> None:
-        self.leaving = True
-        self.say(failed=_one_line(cause), code=code)
-
-    def explain(self, error: BaseException) -> LostPeerError:
-        """Why a collective failed here: what happened first, wherever that was."""
-        self.leaving = True
-        if isinstance(error, LostPeerError):
-            self.say(cause=_one_line(str(error)), code=error.code)
-        else:
-            self.say(lost=_one_line(str(error)))
-        self.told.wait(HOLD + self._timeout)
-        return self.verdict or LostPeerError(_one_line(str(error)))
-
-    def close(self) -> None:
-        """This rank has done its part."""
-        self.leaving = True
-        self.say(bye=True)
-        assert self._process.stdin is not None
-        with self._lock, contextlib.suppress(OSError):
-            self._lines.ended = True  # the thread writes no more
-            self._process.stdin.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(GRACE)
-
-    def _keep_alive(self) -> None:
-        """A heartbeat every interval, until the companion has a verdict or is gone itself."""
-        tick, silence, sent = time.monotonic(), 0.0, 0.0
-        while not self.told.is_set():
-            try:
-                ready, _, _ = select.select([self._lines.source], [], [], self._interval / 2)
-            except (OSError, ValueError):
-                return  # closed
-            now = time.monotonic()
-            # Time in which this thread did not run is not the companion's.
-            silence = 0.0 if ready else silence + min(now - tick, self._interval)
-            tick = now
-            for message in self._lines.receive() if ready else []:
-                if "verdict" in message:
-                    self._end(LostPeerError(message["verdict"], message["code"], printed=True))
-                elif "complete" in message:
-                    self.complete.set()
-            if self._lines.ended and self.leaving:
-                return
-            if self._lines.ended or silence > self._timeout:
-                self._end(LostPeerError("the companion process of this rank was killed or is frozen"))
-            elif now - sent >= self._interval / 2:
-                self.say()
-                sent = now
-
-    def _end(self, verdict: LostPeerError) -> None:
-        """End this process from here: the main thread may be waiting in a collective that never ends."""
-        self.verdict = verdict
-        self.told.set()
-        if self.leaving:
-            return
-        if not verdict.printed:
-            print(f"error: {verdict}", file=sys.stderr)
-        for call in self.before_end:
-            with contextlib.suppress(Exception):
-                call(str(verdict), verdict.code)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(verdict.code)
-
 
 _watch: Watch | None = None
 _begun = False  # the watch has been up in this process
@@ -176,7 +45,7 @@ def report_failure(cause: str, code: int = 1) -> None:
         with contextlib.suppress(Exception):  # nobody may be there yet, or ever
             if known:
                 store = next(dist.rendezvous("env://", timeout=timedelta(seconds=3)))[0]
-                store.set(_FAILED, json.dumps([_describe_rank(), _one_line(cause), code]))
+                store.set(_FAILED, json.dumps([_describe_rank(), one_line(cause), code]))
 
 
 def before_end(call: Callable[[str, int], None]) -> None:
@@ -214,7 +83,7 @@ def watched(
         token = secrets.token_hex(16)
         watch = Watch({**settings, "token": token, "port": port})
         chosen = watch.await_first_word("port")
-        hub = {"addresses": _own_addresses(), "port": chosen, "token": token, "host": settings["host"]}
+        hub = {"addresses": own_addresses(), "port": chosen, "token": token, "host": settings["host"]}
         store.set(_HUB, json.dumps(hub))
         _watch = watch
         _await(store, patience, watch.complete.is_set, "not all ranks came")
@@ -280,38 +149,5 @@ def _await(store: dist.Store, patience: float, come: Callable[[], bool], late: s
         raise LostPeerError(str(error), getattr(error, "code", EXIT_LOST)) if _watch is None else _watch.explain(error)
 
 
-def _own_addresses() -> list[str]:
-    """Where other machines may find this one, best first."""
-    found = []
-    for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):  # the network that the user chose
-        name = os.environ.get(variable, "").lstrip("=^").split(",")[0]
-        with contextlib.suppress(OSError):
-            found.append(_interface_address(name))
-    master = os.environ.get("MASTER_ADDR", "localhost")
-    with contextlib.suppress(OSError):
-        for family, kind, _, _, address in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
-            with socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing: the system picks the address to go out from
-                own = str(probe.getsockname()[0])
-            found.append(own)
-            if own == address[0]:  # the rendezvous is on this machine: the others know how to find it
-                found.append(master)
-    found.append(socket.gethostname())
-    return list(dict.fromkeys(found))
-
-
-def _interface_address(name: str) -> str:
-    """The IPv4 address of a network interface of Linux."""
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
-    return socket.inet_ntoa(answer[20:24])
-
-
 def _describe_rank() -> str:
     return f"rank {os.environ.get('RANK', '?')} (pid {os.getpid()}, host {socket.gethostname()})"
-
-
-def _one_line(text: str) -> str:
-    return "; ".join(line.strip() for line in text.splitlines() if line.strip())[:LONGEST_CAUSE]

@@ -8,7 +8,7 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from trainers.companion.lines import BROKEN, SILENT, Lines, Message, promptly
+from trainers.companion.lines import BROKEN, LOST, SILENT, Lines, Message, promptly
 
 if TYPE_CHECKING:
     from trainers.companion.process import Companion
