@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 
 class EngineConfig(Section):
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
+    # auto: bfloat16 on GPUs, float32 on CPUs; float64: for checks that two ways to compute agree
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     accumulation: int = Field(1, ge=1)  # micro-batches a step and rank; the loss still sees all of them at once
     gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0 is off
     zero_stage: Literal[0, 1, 2] = 0
@@ -149,13 +150,14 @@ class Engine:
         self._optimizer = optimizer
         if any(p.dtype == torch.float64 for p in method.parameters()):
             self._engine.communication_data_type = torch.float64  # else doubles are averaged in float32
+            _let_deepspeed_reduce_doubles()
         if config.channels_last and config.zero_stage == 0:
             # Only now: DeepSpeed's first broadcast views weights as bytes, which permuted strides forbid, and ZeRO
             # keeps them in one flat buffer (there, only activations are channels_last).
             method.to(memory_format=torch.channels_last)
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
-        return self._engine(views)
+        return self._engine(views.double() if self.config.precision == "float64" else views)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, which already is this micro-batch's share of the step's loss."""
@@ -234,14 +236,24 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def prepare_module(module: Module, config: EngineConfig, ranks: Ranks) -> Module:
-    """Move to the device and synchronise BatchNorm: before the optimizer sees the parameters."""
+    """Move to the device and precision, and synchronise BatchNorm: before the optimizer sees the parameters."""
     if ranks.group is not None and config.batchnorm == "sync":
         synchronise_batchnorm(module, ranks.device, ranks.group)
-    return module.to(ranks.device)
+    return module.to(ranks.device, torch.float64 if config.precision == "float64" else None)
 
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def _let_deepspeed_reduce_doubles() -> None:
+    """Its list of what can be reduced leaves float64 out."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if torch.float64 not in accelerator.supported_dtypes():
+        dtypes = [*accelerator.supported_dtypes(), torch.float64]
+        accelerator.supported_dtypes = lambda: dtypes
 
 
 def _import_deepspeed(ranks: Ranks, timeout: float) -> Any:

@@ -139,7 +139,8 @@ class Monitor:
         training = self.encoder.training
         self.encoder.eval()
         batches = plain_batches(source, self.size, self.batch_size, self.ranks.device, self.loading)
-        features = torch.cat([self.encoder(images).float() for images, _ in batches])
+        dtype = next(self.encoder.parameters()).dtype
+        features = torch.cat([self.encoder(images.to(dtype)).float() for images, _ in batches])
         self.encoder.train(training)
         return features
 

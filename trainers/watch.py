@@ -11,11 +11,13 @@ import contextlib
 import json
 import os
 import secrets
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -93,12 +95,14 @@ def watched(
         watch = Watch({**settings, "token": hub["token"], "hub": hub})
         watch.await_first_word("connected")
         _watch = watch
+    before = signal.signal(signal.SIGTERM, _end_with_the_cause)
     try:
         yield
     finally:  # after a failure the companion stays until this process is gone
         _watch = None
         if not watch.leaving:
             watch.close()
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
@@ -124,6 +128,14 @@ def failures_reported(refusals: tuple[type[Exception], ...]) -> Iterator[None]:
     except BaseException as error:
         report_failure(f"stopped by {type(error).__name__}")
         raise
+
+
+def _end_with_the_cause(number: int, frame: FrameType | None) -> None:
+    """Launchers end the other ranks by SIGTERM when one is gone; the watch ends them too, and knows why."""
+    if _watch is None or _watch.leaving or _watch.told.wait(1.0):
+        return
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
 
 
 def _is_consequence(error: BaseException) -> bool:

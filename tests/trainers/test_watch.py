@@ -129,9 +129,8 @@ def test_a_frozen_rank_ends_all(trials: Iterator[tuple[int, random.Random]], tmp
             codes = ranks.codes()
             assert codes == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
             cause = rf"rank {victim} \(pid \d+, host host{victim}\) has been frozen for [23] s"
-            for rank in {0, 1, 2} - {victim}:
+            for rank in range(3):
                 check_line(ranks.said(rank), cause, rank)
-            assert re.match(f"error: {cause}.*\n.* is killed\n$", ranks.said(victim)), ranks.said(victim)
 
 
 def test_a_failure_is_told_to_all(trials: Iterator[tuple[int, random.Random]], tmp_path: Path) -> None:

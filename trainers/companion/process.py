@@ -107,7 +107,8 @@ class Companion:
         if os.getppid() != self.pid:  # its workers may hold the pipe open
             self._lose_rank()
         elif self._kill_at is not None and self.now >= self._kill_at:
-            announce(f"{self.name()} did not end by itself and is killed")
+            if not self._frozen:
+                announce(f"{self.name()} did not end by itself and is killed")
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)  # ends a stopped process as well
             self.finish()
