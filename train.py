@@ -27,7 +27,7 @@ from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
-from trainers.watch import LostPeerError, report_failure
+from trainers.watch import LostPeerError, exit_at_once, report_failure
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
@@ -151,7 +151,7 @@ def main(
     except LostPeerError as error:
         if not error.printed:
             print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.code) from None
+        exit_at_once(error.code)
     raise typer.Exit(code)
 
 

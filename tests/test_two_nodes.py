@@ -203,6 +203,8 @@ def test_a_rank_lost_on_one_host_ends_both(
             assert len(node.errors()) == 1, node.said()
             assert re.fullmatch(rf"error: rank {victim} \(.*\) {cause}.*; rank {rank} ends", node.errors()[0])
             assert "pretrain(run)" not in node.said(), "no traceback of what is only a consequence"
+        if launcher == "torchrun":
+            assert re.search(r"exitcode\s*: 69", nodes[1 - victim].said()), nodes[1 - victim].said()
     said = finish(recipe, torn, hosts)
     assert "resuming from" in said[0]
     assert len(losses(torn)) == 30

@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from trainers.companion.addresses import own_addresses
 from trainers.companion.lines import LOST
-from trainers.companion.rank import GRACE, LostPeerError, Watch, one_line
+from trainers.companion.rank import GRACE, LostPeerError, Watch, exit_at_once, one_line
 
+__all__ = ["EXIT_LOST", "LostPeerError", "before_end", "exit_at_once", "failures_reported", "report_failure", "watched"]
 EXIT_LOST = LOST
 _FAILED, _HUB = "watch/failed", "watch/hub"
 _SIGNS = ("gloo/", "NCCL", "ncclSystemError", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
@@ -98,9 +99,11 @@ def watched(
     before = signal.signal(signal.SIGTERM, _end_with_the_cause)
     try:
         yield
-    finally:  # after a failure the companion stays until this process is gone
+    finally:
         _watch = None
-        if not watch.leaving:
+        if watch.leaving:  # a failure: the companion stays until this process is gone, and sees to it that it goes
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a handler would not outlast the interpreter's own end
+        else:
             watch.close()
             signal.signal(signal.SIGTERM, before)
 

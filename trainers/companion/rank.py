@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainers.companion.hub import HOLD
 from trainers.companion.lines import LOST, Lines
@@ -136,10 +136,15 @@ class Watch:
         for call in self.before_end:
             with contextlib.suppress(Exception):
                 call(str(verdict), verdict.code)
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(verdict.code)
+        exit_at_once(verdict.code)
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """Exit without the interpreter's own end, in which libraries may wait for a rank that is gone."""
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def one_line(text: str) -> str:
