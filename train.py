@@ -18,6 +18,7 @@ import typer
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.choice import build_loader, choose, steady_pixels
 from pipelines.sources import DataError, Source, describe, open_source
+from trainers.companion.rank import LostPeerError, exit_at_once
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
@@ -27,7 +28,7 @@ from trainers.optim import build_optimizer, build_schedule
 from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
-from trainers.watch import LostPeerError, exit_at_once, report_failure
+from trainers.watch import report_failure
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:

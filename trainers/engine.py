@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipelines.config import Section
 from trainers.batchnorm import average_running_statistics, synchronise_batchnorm
-from trainers.watch import failures_reported, watched
+from trainers.watch import failures_reported, open_store, watched
 
 T = TypeVar("T")
 
@@ -93,8 +93,7 @@ def joined_ranks(config: EngineConfig, refusals: tuple[type[Exception], ...] = (
             dist.destroy_process_group()
         return
     patience = timedelta(seconds=config.start_timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=patience))
-    store.set_timeout(patience)
+    store, rank, world_size = open_store(config.start_timeout)
     watch = watched(
         store,
         rank,

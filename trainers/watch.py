@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -23,9 +24,8 @@ import torch.distributed as dist
 
 from trainers.companion.addresses import own_addresses
 from trainers.companion.lines import LOST
-from trainers.companion.rank import GRACE, LostPeerError, Watch, exit_at_once, one_line
+from trainers.companion.rank import GRACE, LostPeerError, Watch, one_line
 
-__all__ = ["EXIT_LOST", "LostPeerError", "before_end", "exit_at_once", "failures_reported", "report_failure", "watched"]
 EXIT_LOST = LOST
 _FAILED, _HUB = "watch/failed", "watch/hub"
 _SIGNS = ("gloo/", "NCCL", "ncclSystemError", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
@@ -47,14 +47,28 @@ def report_failure(cause: str, code: int = 1) -> None:
         known = os.environ.get("RANK") != "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         with contextlib.suppress(Exception):  # nobody may be there yet, or ever
             if known:
-                store = next(dist.rendezvous("env://", timeout=timedelta(seconds=3)))[0]
-                store.set(_FAILED, json.dumps([_describe_rank(), one_line(cause), code]))
+                _leave_word(open_store(3)[0], cause, code)
 
 
 def before_end(call: Callable[[str, int], None]) -> None:
     """Have ``call(cause, exit code)`` run if the watch ends this process while it waits for a lost peer."""
     if _watch is not None:
         _watch.before_end.append(call)
+
+
+def open_store(patience: float) -> tuple[dist.Store, int, int]:
+    """The launcher's rendezvous: where ranks find each other, this one's number, and how many they are.
+
+    Raises:
+        LostPeerError: not all came within ``patience`` seconds.
+    """
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(seconds=patience)))
+    except dist.DistError as error:
+        reason = one_line(str(error)).partition("; ")[0]
+        raise LostPeerError(f"not all ranks came within {patience:g} s (engine.start_timeout): {reason}") from None
+    store.set_timeout(timedelta(seconds=patience))
+    return store, rank, world_size
 
 
 @contextmanager
@@ -72,30 +86,8 @@ def watched(
         LostPeerError: a rank did not come or cannot be reached, or failed before it came.
     """
     global _watch, _begun
-    settings = {
-        "rank": rank,
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "world_size": world_size,
-        "timeout": timeout,
-        "grace": GRACE,
-        "interval": min(2.0, timeout / 20),
-    }
     _begun = True
-    if rank == 0:
-        token = secrets.token_hex(16)
-        watch = Watch({**settings, "token": token, "port": port})
-        chosen = watch.await_first_word("port")
-        hub = {"addresses": own_addresses(), "port": chosen, "token": token, "host": settings["host"]}
-        store.set(_HUB, json.dumps(hub))
-        _watch = watch
-        _await(store, patience, watch.complete.is_set, "not all ranks came")
-    else:
-        _await(store, patience, lambda: store.check([_HUB]), "rank 0 did not come")
-        hub = json.loads(store.get(_HUB))
-        watch = Watch({**settings, "token": hub["token"], "hub": hub})
-        watch.await_first_word("connected")
-        _watch = watch
+    watch = _watch = _start(store, rank, world_size, timeout, patience, port)
     before = signal.signal(signal.SIGTERM, _end_with_the_cause)
     try:
         yield
@@ -106,6 +98,41 @@ def watched(
         else:
             watch.close()
             signal.signal(signal.SIGTERM, before)
+
+
+def _start(store: dist.Store, rank: int, world_size: int, timeout: float, patience: float, port: int) -> Watch:
+    """Start this rank's companion, and wait until it is connected; rank 0's, until all are."""
+    settings = {
+        "rank": rank,
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "world_size": world_size,
+        "timeout": timeout,
+        "grace": GRACE,
+        "interval": min(2.0, timeout / 20),
+    }
+    try:
+        if rank == 0:
+            token = secrets.token_hex(16)
+            watch = Watch({**settings, "token": token, "port": port})
+            chosen = watch.await_first_word("port")
+            hub = {"addresses": own_addresses(), "port": chosen, "token": token, "host": settings["host"]}
+            store.set(_HUB, json.dumps(hub))
+            _await(store, patience, watch.complete.is_set, "not all ranks came", watch)
+        else:
+            _await(store, patience, lambda: store.check([_HUB]), "rank 0 did not come")
+            hub = json.loads(store.get(_HUB))
+            watch = Watch({**settings, "token": hub["token"], "hub": hub})
+            watch.await_first_word("connected")
+    except dist.DistError:
+        raise LostPeerError("rank 0 left before all ranks had joined; its own message says why") from None
+    except LostPeerError as error:
+        if not error.printed and error.code == 2:
+            with contextlib.suppress(dist.DistError):
+                _leave_word(store, str(error), error.code)
+            time.sleep(2)  # the store may be this process's; the others read it
+        raise
+    return watch
 
 
 @contextmanager
@@ -124,10 +151,11 @@ def failures_reported(refusals: tuple[type[Exception], ...]) -> Iterator[None]:
         raise
     except Exception as error:
         if _watch is None or not _is_consequence(error):
+            refused = isinstance(error, refusals)
             if not hasattr(error, "exit_code"):  # typer.Exit: all ranks leave alike
-                report_failure(str(error) or type(error).__name__, 2 if isinstance(error, refusals) else 1)
+                report_failure(str(error) if refused else f"{type(error).__name__}: {error}", 2 if refused else 1)
             raise
-        raise _watch.explain(error) from None
+        raise _watch.explain(RuntimeError(re.sub(r"\[\S+:\d+\] *", "", str(error)))) from None
     except BaseException as error:
         report_failure(f"stopped by {type(error).__name__}")
         raise
@@ -148,7 +176,7 @@ def _is_consequence(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
 
 
-def _await(store: dist.Store, patience: float, come: Callable[[], bool], late: str) -> None:
+def _await(store: dist.Store, patience: float, come: Callable[[], bool], late: str, watch: Watch | None = None) -> None:
     """Wait for others at the start; one that failed before it came is not waited for."""
     deadline, pause = time.monotonic() + patience, 0.02
     while not come():
@@ -161,8 +189,10 @@ def _await(store: dist.Store, patience: float, come: Callable[[], bool], late: s
             time.sleep(pause)
             pause = min(1.0, pause * 1.2)
             continue
-        raise LostPeerError(str(error), getattr(error, "code", EXIT_LOST)) if _watch is None else _watch.explain(error)
+        raise LostPeerError(str(error), getattr(error, "code", EXIT_LOST)) if watch is None else watch.explain(error)
 
 
-def _describe_rank() -> str:
-    return f"rank {os.environ.get('RANK', '?')} (pid {os.getpid()}, host {socket.gethostname()})"
+def _leave_word(store: dist.Store, cause: str, code: int) -> None:
+    """For those who wait: this rank fails before it has joined."""
+    who = f"rank {os.environ.get('RANK', '?')} (pid {os.getpid()}, host {socket.gethostname()})"
+    store.set(_FAILED, json.dumps([who, one_line(cause), code]))

@@ -62,7 +62,9 @@ class Hub:
         elif "frozen" in message:
             self._decide(f"{who} has been frozen for {message['frozen']} s", LOST, rank)
         elif "lost" in message and self._lost is None:
-            self._lost = (self.companion.now, f"{who}: {message['lost']}{self._missing()}")
+            # Why is mostly known within moments; if not, a rank is alive but not where the others are.
+            text = f"{who} waited for the others in vain, none of them known to be gone: {message['lost']}"
+            self._lost = (self.companion.now, text + self._missing())
         elif "bye" in message and peer is None:
             self._close()
         elif "bye" in message and peer is not None:
