@@ -83,16 +83,15 @@ class Hub:
         if any(silence > self.companion.timeout for silence in waiting.values()):
             longest = max(waiting.values())
             silent = [p for p, silence in waiting.items() if silence > longest - 3 * self.companion.interval]
-            self._decide(
-                f"no word from {_names(silent)} for {longest:.0f} s: {SILENT}",
-                LOST,
-                -1,
-            )
+            self._decide(f"no word from {_names(silent)} for {longest:.0f} s: {SILENT}", LOST, -1)
 
     def beat(self) -> None:
+        self._tell({})
+
+    def _tell(self, message: Message) -> None:
         for peer in self.peers:
             if peer.rank is not None:
-                peer.lines.send({})
+                peer.lines.send(message)
 
     def delivered(self) -> bool:
         return not self.peers
@@ -101,15 +100,13 @@ class Hub:
         if self._decided or self.companion.over:
             return
         self._decided = True
-        for peer in self.peers:
-            peer.lines.send({"verdict": text, "code": code, "culprit": culprit})
+        self._tell({"verdict": text, "code": code, "culprit": culprit})
         self.companion.judge(text, code, culprit)
 
     def _close(self) -> None:
         """Rank 0 is done, and so is the run: every rank has passed the last barrier."""
         self.companion.over = True
-        for peer in self.peers:
-            peer.lines.send({"over": True})
+        self._tell({"over": True})
         self.companion.finish()
 
     def _accept(self) -> None:
