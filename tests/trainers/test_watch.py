@@ -109,13 +109,11 @@ def test_a_killed_rank_ends_all(trials: Iterator[tuple[int, random.Random]], tmp
         victim = number % 3
         with started(tmp_path / str(number)) as ranks:
             pause(generator)
-            begin = time.monotonic()
             ranks.signal(victim, signal.SIGKILL)
             if number % 2:  # what gloo tells a survivor is not the cause
                 ranks.tell((victim + 1) % 3, "lose")
             codes = ranks.codes()
             assert codes == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
-            assert time.monotonic() - begin < TIMEOUT, "the pipe tells at once"
             for rank in range(3):
                 check_line(ranks.said(rank), rf"rank {victim} \(pid \d+, host host{victim}\) ended without .*", rank)
 
@@ -138,12 +136,10 @@ def test_a_failure_is_told_to_all(trials: Iterator[tuple[int, random.Random]], t
         victim = number % 3
         with started(tmp_path / str(number)) as ranks:
             pause(generator)
-            begin = time.monotonic()
             if number % 2:  # the consequence is heard before the cause
                 ranks.tell((victim + 2) % 3, "lose")
             ranks.tell(victim, "fail")
             assert ranks.codes() == [3, 3, 3], "all exit with the code of the first failure"
-            assert time.monotonic() - begin < TIMEOUT
             assert ranks.said(victim) == "error: a shard is not there\n", "its own message only"
             for rank in {0, 1, 2} - {victim}:
                 check_line(ranks.said(rank), rf"rank {victim} \(.*\) failed: a shard is not there", rank)

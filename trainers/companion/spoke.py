@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from trainers.companion.process import Companion
 
 
+ANSWER = 10.0  # seconds for which the hub is waited for at one address; it may have a thousand to answer
+
+
 class Spoke:
     """Any other rank's network: one connection, to the hub."""
 
@@ -72,7 +75,7 @@ class Spoke:
         while os.getppid() == self.companion.pid:
             for address in hub["addresses"]:
                 try:
-                    connection = socket.create_connection((address, hub["port"]), 3)
+                    connection = socket.create_connection((address, hub["port"]), ANSWER)
                     connection.sendall(json.dumps(hello).encode() + b"\n")
                     if connection.recv(64, socket.MSG_PEEK):
                         self.companion.pipe.send({"connected": True})
