@@ -110,8 +110,9 @@ def test_a_killed_rank_ends_all(trials: Iterator[tuple[int, random.Random]], tmp
         with started(tmp_path / str(number)) as ranks:
             pause(generator)
             ranks.signal(victim, signal.SIGKILL)
-            if number % 2:  # what gloo tells a survivor is not the cause
-                ranks.tell((victim + 1) % 3, "lose")
+            if number % 2:  # what gloo tells a survivor, if it is still there, is not the cause
+                with suppress(BrokenPipeError):
+                    ranks.tell((victim + 1) % 3, "lose")
             codes = ranks.codes()
             assert codes == [-signal.SIGKILL if rank == victim else LOST for rank in range(3)]
             for rank in range(3):
