@@ -41,6 +41,9 @@ log: {{every_steps: 1}}
 """  # 5 steps an epoch, 30 in all; a checkpoint every 2
 
 
+pytestmark = pytest.mark.timeout(1500)  # several starts of several ranks, on a machine that may be busy
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
@@ -126,7 +129,7 @@ def running(recipe: Path, run_dir: Path, hosts: Hosts | None, launcher: str = "t
 
 
 def wait_for(path: Path, nodes: list[Node]) -> None:
-    deadline = time.monotonic() + 250
+    deadline = time.monotonic() + 500
     while not path.exists():
         assert all(node.launcher.poll() is None for node in nodes), [node.said()[-2000:] for node in nodes]
         assert time.monotonic() < deadline, [node.said()[-2000:] for node in nodes]
@@ -136,7 +139,7 @@ def wait_for(path: Path, nodes: list[Node]) -> None:
 def finish(recipe: Path, run_dir: Path, hosts: Hosts | None, launcher: str = "torchrun") -> list[str]:
     """Run to the end, or resume."""
     with running(recipe, run_dir, hosts, launcher) as nodes:
-        codes = [node.launcher.wait(300) for node in nodes]
+        codes = [node.launcher.wait(500) for node in nodes]
         assert codes == [0, 0], [node.said()[-3000:] for node in nodes]
         return [node.said() for node in nodes]
 
@@ -148,7 +151,7 @@ def losses(run_dir: Path) -> list[float]:
 
 def train_alone(recipe: Path, run_dir: Path) -> None:
     command = [sys.executable, str(ROOT / "train.py"), str(recipe), f"run.dir={run_dir}"]
-    done = subprocess.run(command, cwd=recipe.parent, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, cwd=recipe.parent, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr
 
 
