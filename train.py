@@ -1,6 +1,7 @@
 """Pretrain an encoder: ``python train.py RECIPE.yaml [key.sub=value …]``.
 
-The same command again resumes the run. SIGTERM writes a checkpoint and exits with code 75.
+The same command again resumes the run. SIGTERM writes a checkpoint and exits with code 75. If another rank or the
+network to it is lost, all ranks end with code 69, and the same command goes on from the last checkpoint.
 Under torchrun or deepspeed the batch is spread over all ranks.
 """
 
@@ -22,6 +23,7 @@ import typer
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.choice import build_loader, choose, steady_pixels
 from pipelines.sources import DataError, Source, describe, open_source
+from trainers.companion.rank import LostPeerError, exit_at_once
 from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
@@ -33,6 +35,7 @@ from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
 from trainers.status import end_status, status_of
+from trainers.watch import before_end, failures_reported, report_failure
 
 
 def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
@@ -124,6 +127,7 @@ def _agreed_loader(recipe: Recipe, source: Source, size: int, ranks: Ranks) -> t
     return choice
 
 
+REFUSALS = (RecipeError, DataError, CheckpointError)  # input that the user can mend: one line and exit code 2
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -137,12 +141,17 @@ def main(
     try:
         recipe = load_recipe(recipe_path, overrides or [])
         directory = recipe.run_dir(recipe_path.stem)
-        with joined_ranks(recipe.engine) as ranks, ExitStack() as held:
+        with joined_ranks(recipe.engine, REFUSALS) as ranks, ExitStack() as held:
             # Rank 0 alone downloads and claims; what it cannot do, all ranks report alike.
             failure, remark = ranks.from_main(_begin(recipe, directory, held) if ranks.is_main else (None, None))
-            if failure is not None:
-                raise RecipeError(failure)
-            held.enter_context(status_of(directory, ranks.is_main, (RecipeError, DataError, CheckpointError)))
+            if failure is not None:  # all ranks know it, and leave together
+                if ranks.is_main:
+                    print(f"error: {failure}", file=sys.stderr)
+                raise typer.Exit(2)
+            held.enter_context(status_of(directory, ranks.is_main, REFUSALS))
+            if ranks.is_main:
+                before_end(lambda cause, code: end_status(directory, code, cause))
+            held.enter_context(failures_reported(REFUSALS))  # inside status_of: what was lost is told from what failed
             run = build_run(recipe, directory, ranks)
             if remark is not None:
                 run.log.say(remark)
@@ -150,12 +159,17 @@ def main(
                 code = pretrain(run)
             if ranks.is_main:
                 end_status(directory, code)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except REFUSALS as error:
+        report_failure(str(error), 2)
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except LostPeerError as error:
+        if not error.printed:
+            print(f"error: {error}", file=sys.stderr)
+        exit_at_once(error.code)
     raise typer.Exit(code)
 
 
@@ -165,7 +179,7 @@ def _begin(recipe: Recipe, directory: Path, held: ExitStack) -> tuple[str | None
         open_source(recipe.data, "pretrain")
         held.enter_context(locked(directory))
         return None, claim_run_dir(directory, recipe)
-    except (RecipeError, DataError, CheckpointError) as error:
+    except REFUSALS as error:
         return str(error), None
 
 

@@ -20,12 +20,14 @@ from torch import Tensor, nn
 
 from pipelines.config import Section
 from trainers.batchnorm import average_running_statistics, synchronise_batchnorm
+from trainers.watch import failures_reported, open_store, watched
 
 T = TypeVar("T")
 
 
 class EngineConfig(Section):
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs, float32 on CPUs
+    # auto: bfloat16 on GPUs, float32 on CPUs; float64: for checks that two ways to compute agree
+    precision: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     accumulation: int = Field(1, ge=1)  # micro-batches a step and rank; the loss still sees all of them at once
     gradient_clipping: float = Field(0.0, ge=0)  # largest global gradient norm; 0 is off
     zero_stage: Literal[0, 1, 2] = 0
@@ -37,7 +39,9 @@ class EngineConfig(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     skips_in_a_row: int = Field(5, ge=1)  # more end the run, with nonfinite=skip
     skips: int = Field(100, ge=1)  # more in all end the run
-    timeout: float = Field(600, gt=0)  # seconds after which a lost or frozen rank is an error on all others
+    timeout: float = Field(60, ge=1, le=86400)  # seconds after which a frozen rank or a silent link ends all ranks
+    start_timeout: float = Field(1800, ge=1, le=86400)  # seconds that ranks wait for each other, and for rank 0's work
+    watch_port: int = Field(0, ge=0, le=65535)  # where rank 0's companion listens (trainers/watch.py); 0: any free
 
 
 @dataclass(frozen=True)
@@ -88,29 +92,38 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(config: EngineConfig) -> Iterator[Ranks]:
-    """Join the other processes that torchrun or deepspeed started (their environment says so), or stand alone."""
+def joined_ranks(config: EngineConfig, refusals: tuple[type[Exception], ...] = ()) -> Iterator[Ranks]:
+    """Join the other processes that torchrun or deepspeed started (their environment says so), or stand alone.
+
+    Several ranks watch over each other until the end of the block: what fails in one is told to all, and an exception
+    of a ``refusals`` type as refused input (trainers/watch.py).
+    """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if _has_gpu() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=config.timeout)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(backend, timeout=timeout)
-    else:  # no port is opened and no environment needed
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    try:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        alone = world_size == 1
-        yield Ranks(
-            rank=rank,
-            world_size=world_size,
-            device=device,
-            group=None if alone else dist.group.WORLD,
-            control=None if alone else cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout)),
-        )
-    finally:
-        dist.destroy_process_group()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # no port is opened and no environment needed
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield Ranks(rank=0, world_size=1, device=device, group=None, control=None)
+        finally:
+            dist.destroy_process_group()
+        return
+    patience = timedelta(seconds=config.start_timeout)
+    store, rank, world_size = open_store(config.start_timeout)
+    watch = watched(
+        store,
+        rank,
+        world_size,
+        timeout=config.timeout,
+        patience=config.start_timeout,
+        port=config.watch_port,
+    )
+    with watch, failures_reported(refusals):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience)
+        control = dist.new_group(backend="gloo", timeout=patience)
+        yield Ranks(rank, world_size, device, dist.group.WORLD, cast(dist.ProcessGroup, control))
+        dist.destroy_process_group()  # after a failure it could wait for a rank that is gone
 
 
 class Engine:
@@ -131,7 +144,8 @@ class Engine:
         view_parts: int = 1,
     ) -> None:
         self.config, self.ranks, self.method = config, ranks, method
-        deepspeed = _import_deepspeed(ranks, config.timeout)
+        deepspeed = _import_deepspeed(ranks, config.start_timeout)
+        self._patient_calls = 2 * config.accumulation * view_parts  # two whole steps: all is compiled by then
         precision = config.precision
         if precision == "auto":
             precision = "bfloat16" if ranks.device.type == "cuda" else "float32"
@@ -152,13 +166,14 @@ class Engine:
         self._optimizer = optimizer
         if any(p.dtype == torch.float64 for p in method.parameters()):
             self._engine.communication_data_type = torch.float64  # else doubles are averaged in float32
+            _let_deepspeed_reduce_doubles()
         if config.channels_last and config.zero_stage == 0:
             # Only now: DeepSpeed's first broadcast views weights as bytes, which permuted strides forbid, and ZeRO
             # keeps them in one flat buffer (there, only activations are channels_last).
             method.to(memory_format=torch.channels_last)
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
-        return self._engine(views)
+        return self._engine(views.double() if self.config.precision == "float64" else views)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of ``loss``, which already is this micro-batch's share of the step's loss."""
@@ -169,6 +184,20 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self._patient_calls -= 1
+        if self._patient_calls == 0 and self.ranks.group is not None and not self.config.compile:
+            self._expect_ranks_together()
+
+    def _expect_ranks_together(self) -> None:
+        """From now on a collective of a step that waits longer than ``timeout`` means that a rank is stuck.
+
+        The watch sees a rank that is gone or frozen, and sees it first; this is for one that is alive and waits for
+        something else. The control group stays patient: there ranks wait for rank 0 to write a checkpoint.
+        """
+        from deepspeed.utils import groups
+
+        for group in (self.ranks.group, groups._WORLD_GROUP):
+            set_group_timeout(group, 1.25 * self.config.timeout + 5)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -273,18 +302,36 @@ def recut(parts: list[Tensor], size: int, share: int, rank: int) -> Tensor:
     return mine
 
 
+def set_group_timeout(group: dist.ProcessGroup | None, seconds: float) -> None:
+    """Change how long collectives of a group (None: the default group) may take, from the next one on."""
+    set_timeout = getattr(dist, "set_timeout", None)  # public since torch 2.12 or so
+    if set_timeout is None:
+        set_timeout = dist.distributed_c10d._set_pg_timeout
+    set_timeout(timedelta(seconds=seconds), group)
+
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def prepare_module(module: Module, config: EngineConfig, ranks: Ranks) -> Module:
-    """Move to the device and synchronise BatchNorm: before the optimizer sees the parameters."""
+    """Move to the device and precision, and synchronise BatchNorm: before the optimizer sees the parameters."""
     if ranks.group is not None and config.batchnorm == "sync":
         synchronise_batchnorm(module, ranks.device, ranks.group)
-    return module.to(ranks.device)
+    return module.to(ranks.device, torch.float64 if config.precision == "float64" else None)
 
 
 def _has_gpu() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
+
+
+def _let_deepspeed_reduce_doubles() -> None:
+    """Its list of what can be reduced leaves float64 out."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if torch.float64 not in accelerator.supported_dtypes():
+        dtypes = [*accelerator.supported_dtypes(), torch.float64]
+        accelerator.supported_dtypes = lambda: dtypes
 
 
 def _import_deepspeed(ranks: Ranks, timeout: float) -> Any:

@@ -150,14 +150,14 @@ class Monitor:
     def _features(self, source: Source, stopped: Callable[[], bool]) -> Tensor:
         training = self.encoder.training
         self.encoder.eval()
-        features = []
+        dtype, features = next(self.encoder.parameters()).dtype, []
         try:
             batches = plain_batches(source, self.size, self.batch_size, self.ranks.device, self.loading)
             with closing(batches):
                 for images, _ in batches:
                     if stopped():
                         raise _StoppedError
-                    features.append(self.encoder(images).float())
+                    features.append(self.encoder(images.to(dtype)).float())
         finally:
             self.encoder.train(training)
         return torch.cat(features)

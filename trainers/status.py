@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trainers.companion.rank import LostPeerError
+
 STATUS = "status.json"
 LAUNCH = "launch"  # folder inside the run folder for what a launcher writes: scripts, host files, SLURM's output
 EXIT_CODES = {"done": 0, "preempted": 75, "lost": 69, "failed": 1}  # of the states that are an end
@@ -86,7 +88,10 @@ def status_of(run_dir: Path, is_main: bool, refusals: tuple[type[Exception], ...
     except BaseException as error:
         if is_main:
             code = EXIT_REFUSED if isinstance(error, refusals) else EXIT_CODES["failed"]
-            end_status(run_dir, code, f"{type(error).__name__}: {error}" if code == 1 else str(error))
+            if isinstance(error, LostPeerError):
+                code = error.code
+            told = isinstance(error, (LostPeerError, *refusals))  # a message for the user, whatever its type
+            end_status(run_dir, code, str(error) if told else f"{type(error).__name__}: {error}")
         raise
 
 

@@ -93,7 +93,6 @@ class SmallRun:
         zero_stage: int = 0,
         clipping: float = 0.0,
     ) -> None:
-        _let_deepspeed_reduce_doubles()
         world_size = dist.get_world_size()
         alone = world_size == 1
         control = None if alone else dist.new_group(backend="gloo")
@@ -212,12 +211,3 @@ def parameters(method: nn.Module) -> torch.Tensor:
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """|a - b| / |b|, or |a - b| where b is 0."""
     return ((a - b).norm() / (b.norm() if b.norm() > 0 else 1)).item()
-
-
-def _let_deepspeed_reduce_doubles() -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    if torch.float64 not in accelerator.supported_dtypes():  # its list of what can be reduced leaves double out
-        dtypes = [*accelerator.supported_dtypes(), torch.float64]
-        accelerator.supported_dtypes = lambda: dtypes
