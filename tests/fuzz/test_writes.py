@@ -46,6 +46,7 @@ def audited(log: Path, folder: Path, *command: str) -> list[tuple[str, str]]:
     return [tuple(json.loads(line)) for line in log.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_files_are_written_in_the_run_folder_alone_and_no_shell_is_started(tmp_path: Path) -> None:
     work = tmp_path / "work"
     for name in ("work", "work/tmp", "work/home", "work/cache"):
