@@ -20,8 +20,11 @@ def main() -> None:
     def write(kind: str, what: str) -> None:
         os.write(log, json.dumps([kind, what]).encode() + b"\n")
 
-    def place(path: Any) -> str | None:
-        return None if isinstance(path, int) else os.path.abspath(os.fsdecode(path))
+    def place(path: Any, folder: int = -1) -> str | None:
+        if isinstance(path, int):
+            return None
+        base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else ""
+        return os.path.abspath(os.path.join(base, os.fsdecode(path)))
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -30,7 +33,8 @@ def main() -> None:
             if written and (named := place(path)) is not None:
                 write("file", named)
         elif event in _PATHS:
-            if (named := place(arguments[_PATHS[event]])) is not None:
+            below = arguments[-1] if event in ("os.mkdir", "os.remove", "os.rmdir") else -1
+            if (named := place(arguments[_PATHS[event]], below)) is not None:
                 write("file", named)
         elif event == "subprocess.Popen":
             executable, words = arguments[0], arguments[1]
