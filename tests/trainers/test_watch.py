@@ -232,7 +232,9 @@ def test_a_lost_peer_without_another_cause_is_the_cause(tmp_path: Path) -> None:
         ranks.tell(2, "lose")
         assert ranks.codes() == [LOST] * 3
         for rank in range(3):
-            check_line(ranks.said(rank), r"rank 2 \(.*\): Connection closed by peer", rank)
+            check_line(
+                ranks.said(rank), r"rank 2 \(.*\) waited for the others in vain, .*: Connection closed by peer", rank
+            )
 
 
 def test_strangers_are_turned_away(tmp_path: Path) -> None:
