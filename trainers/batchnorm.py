@@ -15,8 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 class AllReduceBatchNorm(_BatchNorm):
     """BatchNorm whose batch statistics are those of all ranks together: ``nn.SyncBatchNorm`` for the CPU.
 
-    PyTorch's own refuses CPU tensors. Sums run in float64, so that E[x²] − E[x]² is safe; the all-reduce is
-    differentiable, hence the gradient is that of one process with the whole batch.
+    PyTorch's own refuses CPU tensors. The gradient is that of one process with the whole batch.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -29,28 +28,12 @@ class AllReduceBatchNorm(_BatchNorm):
         """[N, C, …] -> the same shape."""
         if not self.training:
             return super().forward(input)
-        axes = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        sums = torch.cat(
-            [
-                input.sum(axes, dtype=torch.float64),
-                (input * input).sum(axes, dtype=torch.float64),
-                torch.tensor([input.numel() // input.shape[1]], dtype=torch.float64, device=input.device),
-            ]
-        )
-        sums = _AllReduceSum.apply(sums, self.process_group)
-        count = sums[-1].detach()
-        mean, square = sums[:-1].chunk(2)
-        mean, square = mean / count, square / count
-        variance = (square - mean * mean).clamp_min(0)
+        mean, variance, count = _statistics(input.detach(), self.process_group)
         self._update_running(mean, variance * (count / (count - 1).clamp_min(1)))
-        scale = torch.rsqrt(variance + self.eps)
-        if self.affine:
-            scale = scale * self.weight
-        shift = -mean * scale
-        if self.affine:
-            shift = shift + self.bias
-        return input * scale.to(input.dtype).view(shape) + shift.to(input.dtype).view(shape)
+        normalised: Tensor = _Normalise.apply(
+            input, self.weight, self.bias, mean, variance, count, self.eps, self.process_group
+        )
+        return normalised
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
@@ -63,21 +46,61 @@ class AllReduceBatchNorm(_BatchNorm):
         self.running_var.lerp_(unbiased_variance.to(self.running_var.dtype), weight)
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; each rank's sum feeds every rank's loss, so the gradient is summed over ranks as well."""
+def _statistics(input: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and count [] of the batches of all ranks, in float64."""
+    wide = _wide(input.dtype)
+    unused = torch.zeros(input.shape[1], dtype=wide)  # given, half-precision inputs get statistics in float32
+    mean, variance = (t.double() for t in torch.batch_norm_update_stats(input, unused, unused.clone(), 0.0))
+    count = torch.tensor([input.numel() // input.shape[1]], dtype=torch.float64)
+    sums = torch.cat([mean * count, (variance + mean * mean) * count, count])
+    dist.all_reduce(sums, group=group)
+    mean, square = (sums[:-1] / sums[-1]).chunk(2)
+    return mean, (square - mean * mean).clamp_min(0), sums[-1]
+
+
+class _Normalise(torch.autograd.Function):
+    """(x − mean) / √(variance + eps) · weight + bias, where mean and variance are of the x of all ranks.
+
+    Each rank's x feeds every rank's loss, so with g the gradient and x̂ the normalised x, Σg and Σg·x̂ are summed over
+    ranks: dx = weight / σ · (g − Σg / count − x̂ · Σg·x̂ / count). PyTorch's own kernels do the passes over x.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        total = values.clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        variance: Tensor,
+        count: Tensor,
+        eps: float,
+        group: dist.ProcessGroup | None,
+    ) -> Tensor:
+        wide = _wide(input.dtype)
+        mean, variance = mean.to(wide), variance.to(wide)
+        ctx.save_for_backward(input, weight, mean, variance, count)
+        ctx.eps, ctx.group = eps, group
+        return torch.batch_norm(input, weight, bias, mean, variance, False, 0.0, eps, False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        total = gradient.clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, variance, count = ctx.saved_tensors
+        own, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+            gradient, input, weight, mean, variance, None, None, False, ctx.eps, [True, True, True]
+        )
+        sums = torch.cat([of_weight, of_bias]).double()
+        dist.all_reduce(sums, group=ctx.group)
+        scale = torch.rsqrt(variance.double() + ctx.eps) * (1 if weight is None else weight.double())
+        slope, shift = (-scale * part / count for part in sums.chunk(2))
+        slope, shift = slope.to(mean.dtype), shift.to(mean.dtype)
+        own += torch.batch_norm(input, slope, shift, mean, variance, False, 0.0, ctx.eps, False)
+        affine = weight is not None
+        return own, of_weight if affine else None, of_bias if affine else None, None, None, None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def synchronise_batchnorm(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> None:

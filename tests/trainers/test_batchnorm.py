@@ -64,3 +64,44 @@ def test_frozen_running_statistics() -> None:
     assert torch.equal(out, reference(x)), "the batch is still normalised by its own statistics"
     layer(x)
     assert not torch.equal(layer.running_mean, before["running_mean"])
+
+
+def normalise_as(group: dist.ProcessGroup, shape: tuple[int, ...], affine: bool, dtype: torch.dtype) -> torch.Tensor:
+    """[2, …] output and input gradient of this rank's half of a batch whose mean is far from 0."""
+    torch.manual_seed(0)
+    x = (100 + torch.randn(shape, dtype=torch.float64)).to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    layer = nn.Sequential(
+        nn.BatchNorm1d(shape[1], affine=affine) if len(shape) == 2 else nn.BatchNorm2d(shape[1], affine=affine)
+    )
+    layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    synchronise_batchnorm(layer, torch.device("cpu"), group)
+    mine = x.chunk(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    out = layer(mine)
+    assert out.dtype == dtype
+    (out.double() ** 3).sum().backward()
+    assert mine.grad is not None
+    assert mine.grad.is_contiguous(memory_format=torch.channels_last) or len(shape) == 2
+    return torch.stack([out.detach(), mine.grad])
+
+
+def test_kinds_of_input_against_pytorchs_batchnorm_in_float64() -> None:
+    cases = [
+        ((16, 8), True, torch.float32),
+        ((16, 8, 5, 3), True, torch.float32),
+        ((16, 8, 5, 3), False, torch.float64),
+        ((16, 8, 5, 3), True, torch.bfloat16),
+    ]
+    for shape, affine, dtype in cases:
+        torch.manual_seed(0)
+        x = (100 + torch.randn(shape, dtype=torch.float64)).to(dtype).double().requires_grad_()
+        layer: nn.Module = nn.BatchNorm1d(shape[1]) if len(shape) == 2 else nn.BatchNorm2d(shape[1])
+        out = layer.double()(x)
+        (out**3).sum().backward()
+        assert x.grad is not None
+        ranks = run_ranks(2, normalise_as, shape, affine, dtype)
+        got = torch.cat([rank.double() for rank in ranks], dim=1)
+        error = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]  # of values up to 40 around 100
+        torch.testing.assert_close(got[0], out.detach(), rtol=error, atol=error)
+        torch.testing.assert_close(got[1], x.grad, rtol=error, atol=10 * error)

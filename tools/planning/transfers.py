@@ -120,5 +120,6 @@ def _batchnorm(share: Share, model: Model, forwards: int, backwards: int) -> lis
             found.append(Transfer(BATCHNORM, GATHER, 4 * (2 * channels + 1) * share.ranks, forwards))
             found.append(Transfer(BATCHNORM, REDUCE, 4 * 2 * channels, backwards))
         else:
-            found.append(Transfer(BATCHNORM, REDUCE, 8 * (2 * channels + 1), forwards + backwards))
+            found.append(Transfer(BATCHNORM, REDUCE, 8 * (2 * channels + 1), forwards))
+            found.append(Transfer(BATCHNORM, REDUCE, 8 * 2 * channels, backwards))
     return found
