@@ -159,7 +159,7 @@ def work(options: argparse.Namespace) -> None:
                 start = time.perf_counter()
                 result = train_step(run.engine, run.method, next(batches), run.schedule(step))
                 run.monitor.observe(result)
-                ranks.any(False)
+                ranks.highest(False, False, False)  # as trainers.pretrain, in every step
                 if step >= WARM_UP:
                     seconds.append(time.perf_counter() - start)
                     waited.append(sum(call.seconds for call in calls))

@@ -42,8 +42,8 @@ def sampled(group: dist.ProcessGroup, recipe: Path, directory: Path, overrides: 
     process, evaluate = psutil.Process(), run.monitor.evaluate
     held: dict[str, list[int]] = {"rss": [], "files": [], "threads": [], "children": [], "written": []}
 
-    def observed() -> dict[str, float]:
-        scores = evaluate()
+    def observed(*about: Any) -> dict[str, float] | None:
+        scores = evaluate(*about)
         gc.collect()  # what waits to be collected is no leak
         held["rss"].append(process.memory_info().rss)
         held["files"].append(process.num_fds())

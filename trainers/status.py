@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import warnings
 from collections.abc import Iterator
@@ -71,6 +72,8 @@ def end_status(run_dir: Path, exit_code: int, cause: str | None = None, rank: in
     """The run ends with this exit code. The first end that is recorded stays: what follows it is its consequence."""
     before = read_status(run_dir)
     if before is None or not before.ended:
+        if rank is None and (named := re.search(r"\brank (\d+) \((?:pid|host) ", cause or "")):
+            rank = int(named[1])
         state = next((state for state, code in EXIT_CODES.items() if code == exit_code), "failed")
         _write(run_dir, state=state, exit_code=exit_code, cause=cause, rank=rank)
 

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
@@ -23,6 +24,7 @@ class StopSignal:
     """
 
     _installed: StopSignal | None = None
+    tell: Callable[[str, int], None] | None = None  # the other ranks, of an end before `begin`: why, and the code
 
     def __init__(self) -> None:
         self.requested = False
@@ -67,6 +69,8 @@ class StopSignal:
                     f"stopped by {name} before the first step: nothing to save, the same command starts again\n"
                 )
                 sys.stderr.flush()
+                if StopSignal.tell is not None:
+                    StopSignal.tell(f"stopped by {name} before the first step", EXIT_PREEMPTED)
                 os._exit(EXIT_PREEMPTED)
 
     def _forked(self) -> None:

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from trainers.companion.addresses import own_addresses
 from trainers.companion.lines import LOST
 from trainers.companion.rank import GRACE, LostPeerError, Watch, one_line
+from trainers.stopping import StopSignal
 
 EXIT_LOST = LOST
 _FAILED, _HUB = "watch/failed", "watch/hub"
@@ -68,7 +69,8 @@ def open_store(patience: float) -> tuple[dist.Store, int, int]:
         reason = one_line(str(error)).partition("; ")[0]
         raise LostPeerError(f"not all ranks came within {patience:g} s (engine.start_timeout): {reason}") from None
     store.set_timeout(timedelta(seconds=patience))
-    return store, rank, world_size
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun --max-restarts: the same store again
+    return dist.PrefixStore(f"attempt-{attempt}", store), rank, world_size
 
 
 @contextmanager
@@ -87,8 +89,10 @@ def watched(
     """
     global _watch, _begun
     _begun = True
+    StopSignal.tell = staticmethod(report_failure)
     watch = _watch = _start(store, rank, world_size, timeout, patience, port)
-    before = signal.signal(signal.SIGTERM, _end_with_the_cause)
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # train.py's StopSignal stays: it answers with a checkpoint
+        signal.signal(signal.SIGTERM, _end_with_the_cause)
     try:
         yield
     finally:
@@ -97,7 +101,8 @@ def watched(
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a handler would not outlast the interpreter's own end
         else:
             watch.close()
-            signal.signal(signal.SIGTERM, before)
+            if signal.getsignal(signal.SIGTERM) is _end_with_the_cause:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _start(store: dist.Store, rank: int, world_size: int, timeout: float, patience: float, port: int) -> Watch:

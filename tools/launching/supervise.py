@@ -201,10 +201,12 @@ def _wait(children: list[Child], stop: StopSignal, grace: float, settle: float) 
 def _tell_ranks(process: subprocess.Popen[bytes], script: Path) -> None:
     """SIGTERM to every rank; to the launcher if it has none yet."""
     found = {p.pid: p for p in _descendants() if _runs(p, script)}
-    ranks = [p for p in found.values() if p.ppid() not in found]
-    for rank in ranks:
+    ranks = 0
+    for rank in found.values():
         with suppress(psutil.NoSuchProcess):
-            rank.send_signal(signal.SIGTERM)
+            if rank.ppid() not in found:
+                rank.send_signal(signal.SIGTERM)
+                ranks += 1
     if not ranks and process.poll() is None:
         process.terminate()
 

@@ -82,7 +82,9 @@ def engine_transfers(share: Share, model: Model, recipe: Recipe) -> list[Transfe
         found += [Transfer(WEIGHTS, GATHER, group * share.element) for group in model.groups]
     elif engine.gradient_clipping:
         found.append(Transfer(SCALARS, REDUCE, 4))
-    found.append(Transfer(CONTROL, REDUCE, 8))  # whether a rank was told to stop
+    found.append(Transfer(CONTROL, REDUCE, 3 * 8))  # a rank was told to stop, a checkpoint is due, one is being written
+    if engine.nonfinite == "skip":
+        found.append(Transfer(CONTROL, REDUCE, 8))
     return found
 
 

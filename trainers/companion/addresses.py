@@ -13,17 +13,19 @@ def own_addresses() -> list[str]:
     """Where other machines may find this one, best first."""
     found = []
     for variable in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):  # the network that the user chose
-        name = os.environ.get(variable, "").lstrip("=^").split(",")[0]
-        with contextlib.suppress(OSError):
-            found.append(_interface_address(name))
+        chosen = os.environ.get(variable, "")
+        if not chosen.startswith("^"):  # those are the ones not to be used
+            with contextlib.suppress(OSError):
+                found.append(_interface_address(chosen.lstrip("=").split(",")[0]))
     master = os.environ.get("MASTER_ADDR", "localhost")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         for family, kind, _, _, address in socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM):
             with socket.socket(family, kind) as probe:
                 probe.connect(address)  # sends nothing: the system picks the address to go out from
                 own = str(probe.getsockname()[0])
             found.append(own)
-            if own == address[0]:  # the rendezvous is on this machine: the others know how to find it
+            # The rendezvous is on this machine (whose own name may be 127.0.1.1 here): the others know how to find it.
+            if own == address[0] or own.startswith("127."):
                 found.append(master)
     found.append(socket.gethostname())
     return list(dict.fromkeys(found))
