@@ -19,6 +19,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which a signal 
 
 import torch
 import typer
+import yaml
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.choice import build_loader, choose, steady_pixels
@@ -110,7 +111,9 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         "std": source.std,
         "dropout": dropout_rate(method.encoder),
     }
-    return Run(directory, recipe.epochs, method, engine, loader, schedule, monitor, log, recipe.checkpoint, export)
+    parts = (method, engine, loader, schedule, monitor, log)
+    text = yaml.safe_dump(recipe.resolved(), sort_keys=False)
+    return Run(directory, recipe.epochs, *parts, recipe.checkpoint, text, export)
 
 
 def _agreed_loader(recipe: Recipe, source: Source, size: int, ranks: Ranks) -> tuple[str, str]:

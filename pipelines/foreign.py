@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 MOST_RECIPE = 1 << 18  # bytes of a recipe
-MOST_TEXT = 1 << 28  # bytes of other text: the annotations of a million images, the metrics of a hundred million steps
+MOST_TEXT = 1 << 28  # bytes of other text, such as the annotations of a million images
 MOST_NODES = 100_000  # values in a YAML file, each counted as often as aliases repeat it
 MOST_LEVELS = 50  # lists and mappings inside each other
 MOST_MESSAGE = 4_000  # letters; the names of ten files of the greatest length

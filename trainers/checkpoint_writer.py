@@ -35,6 +35,7 @@ from trainers.state import (
 
 RETRY_MINUTES = 1.0  # after a write that failed
 _POLL_SECONDS = 1.0  # how often ranks that wait for a write tell each other that they are there
+_LEAVE_SECONDS = 30.0  # for which a process that failed waits for its write
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _WRITE_FAILURES = (OSError, SafetensorError)  # full, read-only, over a quota, gone: the storage's fault, not ours
 
@@ -119,6 +120,16 @@ class CheckpointWriter:
         while not self.idle:
             wait([self._work], timeout=_POLL_SECONDS)
             self.advance(self.ranks.any(self.pending))
+
+    def leave(self) -> None:
+        """After a failure: let the write under way end, and make it visible where that takes no other rank.
+
+        A thread that is inside a library when the interpreter ends would abort the process: exit code 134.
+        """
+        while not self.idle:
+            if not wait([self._work], timeout=_LEAVE_SECONDS).done or self.ranks.control is not None:
+                return
+            self.advance(False)
 
     def advance(self, pending: bool) -> None:
         """Go on with the write under way; ``pending`` is whether any rank was still writing at this step.

@@ -23,6 +23,8 @@ BUS_ERROR_HINT = "ended by SIGBUS: a file mapped into memory was cut off; restor
 class TrainingError(RuntimeError):
     """Training cannot go on, for a reason that is known; the message is for the user. ``train.py`` exits with 1."""
 
+    for_user = True  # to be told as it is, without its type
+
 
 @contextmanager
 def known_failures(run: Run) -> Iterator[None]:
@@ -39,6 +41,8 @@ def known_failures(run: Run) -> Iterator[None]:
         if not run.log.steps_done:
             raise
         raise TrainingError(str(error)) from error
+    except TrainingError:  # whatever its words are, such as those of storage that "cannot allocate memory"
+        raise
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise TrainingError(memory_message(error, run, before)) from error

@@ -146,12 +146,17 @@ class NonfiniteGuard:
         cause = _cause(reports)
         path = self.directory / "nonfinite" / f"step-{step.number:08d}.json"
         facts = {"step": step.number, "epoch": epoch, "step_in_epoch": step_in_epoch, "lr": step.lr, "cause": cause}
+        listed = f"its images are listed in {path}"
         if self.ranks.is_main:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(facts | {"ranks": reports}, indent=1) + "\n")
+            try:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text(json.dumps(facts | {"ranks": reports}, indent=1) + "\n")
+            except OSError as error:  # a full disk must not take the place of the cause, nor end a run that may skip
+                listed = f"its images could not be listed: {error}"
+        listed = self.ranks.from_main(listed)
         named = sorted({f"{name} {value}" for report in reports for name, value in report["nonfinite"].items()})
         scalars = f" ({', '.join(named)})" if named else ""
-        return f"step {step.number} (lr {step.lr:.3g}): {cause}{scalars}; its images are listed in {path}"
+        return f"step {step.number} (lr {step.lr:.3g}): {cause}{scalars}; {listed}"
 
     def _count(self, told: str) -> None:
         config = self.config

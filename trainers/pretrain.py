@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Run:
     monitor: Monitor
     log: RunLog
     checkpoint: CheckpointConfig
+    recipe: str  # as YAML
     export: dict[str, Any]  # what a reader of the exported encoder must know: architecture, stem, size, statistics
 
 
@@ -120,6 +122,8 @@ def pretrain(run: Run) -> int:
         ranks.barrier()
         return 0
     finally:
+        with suppress(Exception):  # what ended the run is told
+            writer.leave()
         run.loader.close()
         log.close()
 
@@ -187,7 +191,7 @@ def run_state(run: Run, step: int, evaluation_left: bool = False) -> RunState:
         "accumulation": run.engine.config.accumulation,
         "data": data_fingerprint(run.loader.source) if run.engine.ranks.is_main else None,
         "encoder": run.export,
-        "recipe": (run.directory / "recipe.yaml").read_text(),
+        "recipe": run.recipe,
     }
     return RunState(step, shared, sharded, values)
 

@@ -17,11 +17,14 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.config import Section
-from pipelines.foreign import load_json, read_text
+from pipelines.foreign import check_regular, load_json
 from trainers.engine import Ranks
 from trainers.state import CheckpointError
 
 _SKIPPED = "skipped_steps::total"
+
+
+_MOST_ROW = 1 << 20  # letters
 
 
 class LogConfig(Section):
@@ -67,12 +70,19 @@ class RunLog:
             return
         if self._path.exists():
             rows = [row for row in _readable_rows(self._path) if json.loads(row)["step"] <= step]
-            draft = self._path.with_suffix(".tmp")
-            draft.write_text("".join(rows))
-            draft.replace(self._path)
-        self._file = self._path.open("ab", buffering=0)
+        else:
+            rows = None
+        try:
+            if rows is not None:
+                draft = self._path.with_suffix(".tmp")
+                draft.write_text("".join(rows))
+                draft.replace(self._path)
+            self._file = self._path.open("ab", buffering=0)
+            board = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            raise CheckpointError(f"the log in {self._run_dir} cannot be written: {error}") from error
         self._unwritten = b""
-        self._board: SummaryWriter | None = SummaryWriter(str(self._run_dir / "tensorboard"), purge_step=step + 1)
+        self._board: SummaryWriter | None = board
         self._wandb = _start_wandb(self._run_dir, self._recipe) if self.config.wandb else None
         if sys.stdout.isatty():
             self._progress = Progress(
@@ -204,17 +214,18 @@ def _readable_rows(path: Path) -> list[str]:
     """The complete rows of a jsonl file whose last line a kill may have cut short."""
     rows = []
     try:
-        text = read_text(path, errors="replace")
+        check_regular(path)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while line := file.readline(_MOST_ROW):
+                try:
+                    row = load_json(line)
+                except ValueError:
+                    break
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    break
+                rows.append(line if line.endswith("\n") else line + "\n")
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    for line in text.splitlines(keepends=True):
-        try:
-            row = load_json(line)
-        except ValueError:
-            break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            break
-        rows.append(line if line.endswith("\n") else line + "\n")
     return rows
 
 

@@ -23,6 +23,7 @@ from trainers.companion.rank import LostPeerError
 STATUS = "status.json"
 LAUNCH = "launch"  # folder inside the run folder for what a launcher writes: scripts, host files, SLURM's output
 EXIT_CODES = {"done": 0, "preempted": 75, "lost": 69, "failed": 1}  # of the states that are an end
+EXIT_INTERRUPTED = 130  # a second Ctrl-C; "failed" as well
 EXIT_REFUSED = 2  # a state of "failed" as well: the input was refused, another try would end alike
 
 
@@ -93,7 +94,9 @@ def status_of(run_dir: Path, is_main: bool, refusals: tuple[type[Exception], ...
             code = EXIT_REFUSED if isinstance(error, refusals) else EXIT_CODES["failed"]
             if isinstance(error, LostPeerError):
                 code = error.code
-            told = isinstance(error, (LostPeerError, *refusals))  # a message for the user, whatever its type
+            elif isinstance(error, KeyboardInterrupt):
+                code = EXIT_INTERRUPTED
+            told = isinstance(error, (LostPeerError, *refusals)) or hasattr(error, "for_user")
             end_status(run_dir, code, str(error) if told else f"{type(error).__name__}: {error}")
         raise
 

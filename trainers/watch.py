@@ -158,7 +158,8 @@ def failures_reported(refusals: tuple[type[Exception], ...]) -> Iterator[None]:
         if _watch is None or not _is_consequence(error):
             refused = isinstance(error, refusals)
             if not hasattr(error, "exit_code"):  # typer.Exit: all ranks leave alike
-                report_failure(str(error) if refused else f"{type(error).__name__}: {error}", 2 if refused else 1)
+                told = refused or hasattr(error, "for_user")
+                report_failure(str(error) if told else f"{type(error).__name__}: {error}", 2 if refused else 1)
             raise
         raise _watch.explain(RuntimeError(re.sub(r"\[\S+:\d+\] *", "", str(error)))) from None
     except BaseException as error:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -113,7 +113,7 @@ def supervise(
         settle: seconds that the others have to end once one child has failed.
         leads: rank 0 is among those started; otherwise its first word may have been before this call.
     """
-    before = read_status(run_dir)
+    before = _status(run_dir)
     try:
         children = start()
     except OSError as error:
@@ -121,10 +121,10 @@ def supervise(
     in_time = _wait(children, stop, grace, settle)
     code = _worst([child.process.returncode for child in children])
     deadline = time.monotonic() + (0 if leads else _LAST_WORD)
-    after = read_status(run_dir)
+    after = _status(run_dir)
     while code and (after is None or not after.ended) and time.monotonic() < deadline:
         time.sleep(_INTERVAL)
-        after = read_status(run_dir)
+        after = _status(run_dir)
     if stop.urgent:
         return Outcome(
             128 + signal.SIGINT, "killed by a second SIGINT; the same command goes on from the last checkpoint"
@@ -133,6 +133,15 @@ def supervise(
     if stopped and not in_time:
         stopped += f", with no checkpoint within the {grace:g} seconds of --grace"
     return judge(code, before, after, stopped=stopped, leads=leads)
+
+
+def _status(run_dir: Path) -> Status | None:
+    """``status.json``, with the newest checkpoint as it lies there: a killed run may not have come to note it."""
+    status = read_status(run_dir)
+    last = run_dir / "checkpoints" / "last"
+    if status is not None and last.is_symlink() and last.exists():
+        return replace(status, checkpoint=last.readlink().name)
+    return status
 
 
 def judge(
