@@ -1,5 +1,6 @@
 """Nothing grows in a long run: memory, open files, threads and processes, and what lies in the run folder."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -44,7 +45,8 @@ def sampled(group: dist.ProcessGroup, recipe: Path, directory: Path, overrides: 
 
     def observed(*about: Any) -> dict[str, float] | None:
         scores = evaluate(*about)
-        gc.collect()  # what waits to be collected is no leak
+        gc.collect()  # what waits to be collected is no leak, nor is what the allocator keeps for later
+        ctypes.CDLL(None).malloc_trim(0)
         held["rss"].append(process.memory_info().rss)
         held["files"].append(process.num_fds())
         held["threads"].append(process.num_threads())
