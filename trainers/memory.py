@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_MARGIN = 0.1  # of what is free: convolutions' workspaces, fragments, gathered embeddings
-_LIBRARIES = 64e6  # bytes: what threads and libraries take from the first step on
+# Of what is free: workspaces of convolutions, fragments, gathered embeddings. A heap of a CPU is in more pieces.
+_MARGIN = {"cpu": 0.25, "cuda": 0.1}
+_LIBRARIES = {"cpu": 128e6, "cuda": 64e6}  # bytes: what threads and libraries take from the first step on
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -83,7 +84,8 @@ def memory_message(error: BaseException, run: Run, before: Room | None) -> str:
 
 def _ways(run: Run, share: int, need: Need, room: Room) -> str:
     ranks, accumulation = run.engine.ranks.world_size, run.engine.config.accumulation
-    budget = room.free * (1 - _MARGIN) - _LIBRARIES
+    kind = run.engine.ranks.device.type
+    budget = room.free * (1 - _MARGIN[kind]) - _LIBRARIES[kind]
     fits = largest_share(need, budget, share, accumulation)
     if fits == share:
         return "by the size of its tensors this batch should fit: something else took memory, or a smaller one is safer"

@@ -281,7 +281,7 @@ def test_reading_goes_on_in_other_processes_and_stops_when_files_change(config: 
     assert fresh.read(0) == expected[0]  # the file that is open is still the old one
     with (
         multiprocessing.get_context("spawn").Pool(1) as pool,
-        pytest.raises(DataError, match=r"changed or replaced"),
+        pytest.raises(DataError, match=r"was changed, cut off or replaced"),
     ):
         pool.map(images.read, [0])
 

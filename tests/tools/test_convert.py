@@ -65,7 +65,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "truncated.jpg": r"[Tt]runcated|[Pp]remature end",
         "empty.jpg": "the file is empty",
         "garbage.jpg": "not an image that Pillow knows",
-        "bomb.png": r"12,000 x 12,000 pixels are more than Pillow's limit",
+        "bomb.png": r"12,000 x 12,000 are more than 89,478,485 pixels",
         "dangling.jpg": "No such file",
     }
     if jpeg_decoder() is not None:  # Pillow shows gray for what is missing here
@@ -131,7 +131,7 @@ def test_bad_files_are_left_out_and_named(to: str, skip: bool, tree: Path, tmp_p
 
 
 def test_without_our_decoder_pillow_decides(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_decoder", lambda: (None, 0))
+    monkeypatch.setattr(encode, "_jpeg_decoder", lambda: None)
     data = (tree / "a" / "0.jpg").read_bytes()
     (tree / "a" / "0.jpg").write_bytes(data[: len(data) // 2])
     assert run(tree, tmp_path / "packed", "--to", "ffcv").exit_code == 1
