@@ -151,6 +151,23 @@ def catches_sigterm(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
+def test_a_signal_at_the_moment_its_handler_is_in_place() -> None:
+    """Ends the process as any other before the first step does, and is not only noted."""
+    code = """
+import os, signal, time
+from trainers.stopping import StopSignal
+install = signal.signal
+def install_and_send(number, handler):
+    install(number, handler)
+    os.kill(os.getpid(), number)
+signal.signal = install_and_send
+StopSignal.installed()
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.split(":")[0]) == (75, "stopped by SIGTERM before the first step")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
 def test_stopped_before_the_first_step(recipe: Path, tmp_path: Path) -> None:
     """While it imports, and while it waits for another rank inside a library: at once, with nothing to save."""
@@ -161,7 +178,7 @@ def test_stopped_before_the_first_step(recipe: Path, tmp_path: Path) -> None:
     try:
         wait_until(lambda: catches_sigterm(process.pid))
         process.send_signal(signal.SIGTERM)
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 75

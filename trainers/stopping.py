@@ -31,13 +31,13 @@ class StopSignal:
         self.since = 0.0  # monotonic seconds of the first signal
         self.name = "a signal on another rank"
         self._starting = True
-        for number in SIGNALS:
-            signal.signal(number, self._note)
         self._read, self._write = socket.socketpair()
         self._write.setblocking(False)
         signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=self._forked)
         threading.Thread(target=self._end_while_starting, name="twinstream-stop", daemon=True).start()
+        for number in SIGNALS:  # last: a signal caught before the thread listens would only be noted
+            signal.signal(number, self._note)
 
     @classmethod
     def installed(cls) -> StopSignal:
