@@ -20,6 +20,7 @@ if __name__ == "__main__":  # the imports below take seconds, in which a signal 
 import torch
 import typer
 import yaml
+from torch import nn
 
 from configs.recipe import Recipe, RecipeError, claim_run_dir, load_recipe
 from pipelines.choice import build_loader, choose, steady_pixels
@@ -36,11 +37,12 @@ from trainers.pretrain import Run, pretrain
 from trainers.runlog import RunLog
 from trainers.state import CheckpointError, locked
 from trainers.status import end_status, status_of
+from trainers.step import compile_embedding
 from trainers.watch import before_end, failures_reported, report_failure
 
 
-def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
-    """All parts of a run, each from its own section of the recipe."""
+def build_run(recipe: Recipe, directory: Path, ranks: Ranks, encoder: nn.Module | None = None) -> Run:
+    """All parts of a run, each from its own section of the recipe; an ``encoder`` takes the place of the recipe's."""
     torch.manual_seed(recipe.seed)
     source = open_source(recipe.data, "pretrain")
     counts = describe(recipe.data).counts
@@ -74,10 +76,13 @@ def build_run(recipe: Recipe, directory: Path, ranks: Ranks) -> Run:
         plan=recipe.views.resolve(),
         steady=steady_pixels(name, source, recipe.data),
     )
-    method = build_method(recipe.method, build_encoder(recipe.encoder, size), facts)
+    method = build_method(recipe.method, encoder or build_encoder(recipe.encoder, size), facts)
     method = prepare_module(method, recipe.engine, ranks)
     if recipe.engine.compile:
-        method.encoder.compile()
+        try:
+            compile_embedding(method, recipe.engine)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
     peak = recipe.optim.scaled_lr(recipe.batch_size)
     schedule = build_schedule(recipe.schedule, peak, loader.steps_per_epoch, total_steps)
     micro_batch_size = recipe.batch_size // (ranks.world_size * recipe.engine.accumulation)

@@ -279,8 +279,9 @@ def _fill_left_out(
     for indices in (positive, exclude):
         if indices is not None:
             places = indices[rows] - columns.start
-            here = ((places >= 0) & (places < values.shape[1])).nonzero()[:, 0]
-            values[here, places[here]] = value
+            inside = (places >= 0) & (places < values.shape[1])
+            places = places.clamp(0, values.shape[1] - 1)[:, None].long()  # of rows without one, any: it stays as it is
+            values.scatter_(1, places, torch.where(inside[:, None], value, values.gather(1, places)))
 
 
 def _compute_dtype(rows: Tensor) -> torch.dtype:

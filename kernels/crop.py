@@ -16,6 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.transfer import to_device
+
 _CHUNK_BYTES = 256 * 2**20  # temporaries of the matrix form
 
 
@@ -41,14 +43,14 @@ def crop_resize(
     """
     _check(images, boxes, size, rows, sizes)
     if _is_identity(images, boxes, size, sizes):
-        return images if rows is None else images.index_select(0, rows.to(images.device))
+        return images if rows is None else images.index_select(0, to_device(rows, images.device))
     if len(boxes) == 0:
         return images.new_empty((0, size, size, 3))
     if rows is None:
         rows = torch.arange(len(boxes))
     if sizes is None:
         sizes = torch.tensor(images.shape[1:3]).expand(len(boxes), 2)
-    boxes, rows, sizes = (t.to(images.device, non_blocking=True) for t in (boxes, rows, sizes))
+    boxes, rows, sizes = (to_device(t, images.device) for t in (boxes, rows, sizes))
     crop = _crop_compiled if images.device.type == "cpu" else _crop_matmul
     return crop(images, boxes, size, rows, sizes)
 

@@ -11,7 +11,8 @@ orthogonal projections, so that the derivative of sum A B to a is B, and that to
     dL/dx_i = sum_j 2 g_ij / a_ij (x_i - x_j),   g = dL/da,   0 where a_ij = 0.
 
 Squared distances come from the inner products of centred rows, which cost what a matrix product costs; nothing of
-shape [n, n, p] is made. The parts are those of `kernels.distance_tiled` (PyTorch) or `kernels.fused.distance` (Triton).
+shape [n, n, p] is made. The parts are those of `kernels.distance_tiled` (PyTorch), for large n of
+`kernels.distance_streamed`, which keeps no [n, n] either, or `kernels.fused.distance` (Triton).
 """
 
 from __future__ import annotations
@@ -25,9 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import distance_tiled
+from kernels import distance_streamed, distance_tiled
 from kernels.backends import choose_backend
 from kernels.ranks import check_same_on_ranks, gather_rows_with_gradient, group_or_none
+
+# Of so many rows distances are kept on a CPU, 8 MB a matrix, and of more where that is no more than the features have:
+# wide ones are dear to be multiplied twice. Else they are made again when they are wanted.
+MOST_STORED = 1024
 
 
 def distance_correlation(
@@ -52,7 +57,8 @@ def distance_correlation(
             would find. No rank gathers the features: each receives p/W of the columns of all rows (as many numbers
             as it holds), makes their part of the inner products, and the ranks add these, [W·n, W·n]; gradients go
             back the same way. The gradient from above, and which of x and y need one, must be the same on every rank.
-        backend: "tiled" and "triton" hold a few arrays [n, n]; "reference" is plain and differentiated by autograd.
+        backend: "tiled" and "triton" hold a few arrays [n, n], "tiled" none that would be larger than the
+            features (and 8 MB) unless there is a group; "reference" is plain and differentiated by autograd.
 
     Returns:
         Scalar, float64 if x or y is and float32 otherwise, autocast or not; 0, with gradient 0, if all rows of x or
@@ -104,6 +110,13 @@ class _Correlation(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, y: Tensor, unbiased: bool, group: dist.ProcessGroup | None, backend: str
     ) -> Tensor:
+        if (
+            backend == "tiled"
+            and x.device.type == "cpu"
+            and group is None
+            and len(x) > max(MOST_STORED, x.shape[1], y.shape[1])
+        ):
+            backend = "streamed"
         parts = _implementation(backend)
         sides = []
         for rows, needs_gradient in ((x, ctx.needs_input_grad[0]), (y, ctx.needs_input_grad[1])):
@@ -171,7 +184,7 @@ def _implementation(backend: str) -> ModuleType:
         from kernels.fused import distance as fused
 
         return fused
-    return distance_tiled
+    return distance_streamed if backend == "streamed" else distance_tiled
 
 
 def _check(x: Tensor, y: Tensor, unbiased: bool, world: int) -> None:

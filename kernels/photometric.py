@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kernels.backends import choose_backend
+from kernels.transfer import to_device
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 _NOTHING = 4
@@ -50,8 +51,7 @@ class PhotometricParams:
         return len(self.flip)
 
     def to(self, device: torch.device | str) -> "PhotometricParams":
-        wait = torch.device(device).type == "cpu"  # a copy to the CPU that nobody waits for may be read too early
-        return self._map(lambda t: t.to(device, non_blocking=not wait))
+        return self._map(lambda t: to_device(t, device))
 
     def select(self, index: Tensor | slice) -> "PhotometricParams":
         """The samples that `index` names ([M] int64, [B] bool or a slice)."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.photometric import ORDERS, PhotometricParams
+from kernels.transfer import to_device
 
 _GRAY = (0.2989, 0.587, 0.114)  # torchvision's weights (their sum is 0.9999)
 _BLUR_BYTES = 64 * 2**20  # temporaries of the blur
@@ -20,14 +21,14 @@ def reference(crops: Tensor, params: PhotometricParams, affine: Tensor, out_dtyp
     jittered = bool(params.jitter.any())
     if jittered:
         sorting = torch.argsort(kinds, stable=True)
-        params, crops = params.select(sorting), crops.index_select(0, sorting.to(device, non_blocking=True))
+        params, crops = params.select(sorting), crops.index_select(0, to_device(sorting, device))
 
     x = crops.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
     _on_subset(x, params.flip, lambda part, _: part.flip(-1))
     if jittered:
         factors = (params.brightness, params.contrast, params.saturation, params.hue)
         idle = [bool((factor == neutral).all()) for factor, neutral in zip(factors, (1, 1, 1, 0), strict=True)]
-        moved = torch.stack(factors).to(device, non_blocking=True)
+        moved = to_device(torch.stack(factors), device)
         counts = torch.bincount(kinds, minlength=len(ORDERS) + 1).tolist()
         start = 0
         for order, count in zip(ORDERS, counts, strict=False):
@@ -39,18 +40,18 @@ def reference(crops: Tensor, params: PhotometricParams, affine: Tensor, out_dtyp
     _on_subset(x, params.grayscale, lambda part, _: _gray(part).unsqueeze(1).expand_as(part))
     blurred = params.blur_sigma > 0
     if bool(blurred.any()):
-        sigma = params.blur_sigma.to(device, non_blocking=True)
+        sigma = to_device(params.blur_sigma, device)
         step = max(1, _BLUR_BYTES // (4 * (2 * x[0].numel() + 4 * x.shape[2] ** 2 + x.shape[3] ** 2)))
         _on_subset(x, blurred, lambda part, at: _blur(part, sigma[at], params.blur_kernel), step)
     threshold = params.solarize_threshold
     _on_subset(x, params.solarize, lambda part, _: torch.where(part >= threshold, 1 - part, part))
 
     # One multiply-add: x / std - mean / std.
-    scale, shift = affine.to(device, non_blocking=True).view(3, 2, 1, 1).unbind(1)
+    scale, shift = to_device(affine, device).view(3, 2, 1, 1).unbind(1)
     x = torch.addcmul(shift, x, scale)
     x = x.to(out_dtype, memory_format=torch.channels_last)
     if jittered:
-        back = torch.argsort(sorting).to(device, non_blocking=True)
+        back = to_device(torch.argsort(sorting), device)
         x = x.permute(0, 2, 3, 1).index_select(0, back).permute(0, 3, 1, 2)
     return x
 
@@ -70,7 +71,7 @@ def _on_subset(x: Tensor, mask: Tensor, change: Callable[[Tensor, Tensor], Tenso
     if len(indices) == 0:
         return
     for part in indices.split(step or len(indices)):
-        at = part.to(x.device, non_blocking=True)
+        at = to_device(part, x.device)
         x.index_copy_(0, at, change(x.index_select(0, at), at))
 
 

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.transfer import to_device
+
 _agreed: set[tuple[str, str, torch.Size, torch.dtype]] = set()
 
 
@@ -49,7 +51,7 @@ def check_same_on_ranks(rows: Tensor, group: dist.ProcessGroup) -> None:
         ValueError: with the shapes of all ranks, on each that has this shape for the first time; on a GPU the others
             stop with a failed assertion.
     """
-    mine = torch.tensor([*rows.shape, rows.element_size()], device=rows.device)
+    mine = to_device(torch.tensor([*rows.shape, rows.element_size()]), rows.device)
     shapes = gather_rows(mine[None], group)
     # Reading them back would stall a GPU in every step, so there a rank does it when a shape first comes up; later the
     # device itself looks, before the next collective can hang. All take part every time.

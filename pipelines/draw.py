@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kernels.transfer import to_device
+
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 / golden ratio: steps by it spread over all 64 bits
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9
@@ -121,7 +123,7 @@ def _key(seed: int, epoch: int, view: int) -> int:
 def _bits(seed: int, epoch: int, indices: Tensor, view: int, slots: Sequence[int]) -> Tensor:
     """[N, S] int64: 64 hashed bits each. The products wrap modulo 2**64, in int64 as in uint64."""
     columns = torch.tensor([_signed((slot + 1) * _GOLDEN) for slot in slots], dtype=torch.int64)
-    columns = columns.to(indices.device, non_blocking=True)
+    columns = to_device(columns, indices.device)
     state = _mix((indices + 1) * _signed(_GOLDEN) + _signed(_key(seed, epoch, view)))
     return _mix(state[:, None] + columns)
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kernels import photometric
+from kernels.transfer import to_device
 from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
 from pipelines.order import EpochOrder
@@ -157,10 +158,7 @@ class StreamedLoader(ABC):
             torch.cuda.set_stream(stream)  # of the thread that runs this
             with closing(batches):
                 for batch in batches:
-                    crops = batch.crops
-                    if crops.device.type == "cpu":
-                        crops = (crops if crops.is_pinned() else crops.pin_memory()).to(self.device, non_blocking=True)
-                    yield Crops(crops, batch.indices), stream.record_event()
+                    yield Crops(to_device(batch.crops, self.device), batch.indices), stream.record_event()
 
         with closing(in_background(copied(), 1)) as ready:
             for batch, copy in ready:
@@ -181,8 +179,8 @@ def render(
     crops = apply_policies(plan, crops, seed=seed, epoch=epoch, indices=indices)
     params = draw_plan_photometric(plan, seed=seed, epoch=epoch, indices=indices, size=crops.shape[2])
     views = photometric(crops.flatten(0, 1), params, mean=source.mean, std=source.std)
-    labels, rows = (t.to(crops.device, non_blocking=True) for t in (source.labels[indices], indices))
-    return ViewBatch(views.unflatten(0, crops.shape[:2]), labels, rows)
+    labels, rows = (to_device(values, crops.device) for values in (source.labels[indices], indices))
+    return ViewBatch(views.unflatten(0, crops.shape[:2]), labels, rows, indices)
 
 
 def cores_of_a_rank() -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.transforms.v2 import functional as T
 
+from kernels.transfer import to_device
 from pipelines.draw import uniforms
 from pipelines.views import Slot, View
 
@@ -41,7 +42,9 @@ def apply_policies(plan: tuple[View, ...], crops: Tensor, *, seed: int, epoch: i
         draw_policy(plan[number], seed=seed, epoch=epoch, indices=indices, view_index=number, size=crops.shape[2])
         for number in numbers
     ]
-    images = crops[numbers].flatten(0, 1).permute(0, 3, 1, 2).contiguous()  # [R, 3, S, S], R = views with one × n
+    images = (
+        torch.cat([crops[number] for number in numbers]).permute(0, 3, 1, 2).contiguous()
+    )  # [R, 3, S, S], R = views with one × n
     most = max(draws.operations.shape[1] for draws in drawn)
     padded = [draws.padded(most) for draws in drawn]
     operations = torch.cat([draws.operations for draws in padded])
@@ -49,7 +52,8 @@ def apply_policies(plan: tuple[View, ...], crops: Tensor, *, seed: int, epoch: i
     for step in range(most):
         _apply_step(images, operations[:, step], magnitudes[:, step])
     result = crops.clone()
-    result[numbers] = images.permute(0, 2, 3, 1).unflatten(0, (len(numbers), -1))
+    for number, changed in zip(numbers, images.permute(0, 2, 3, 1).chunk(len(numbers)), strict=True):
+        result[number] = changed
     return result
 
 
@@ -96,7 +100,8 @@ def _apply_step(images: Tensor, operations: Tensor, magnitudes: Tensor) -> None:
     functions = [operation.function for operation in OPERATIONS.values()]
     for group, (operation, magnitude) in enumerate(kinds.tolist()):
         if operation > 0:
-            rows = (group_of == group).nonzero().squeeze(1).to(images.device, non_blocking=True)
+            rows = (group_of == group).nonzero().squeeze(1)
+            rows = to_device(rows, images.device)
             images[rows] = functions[int(operation)](images[rows], magnitude)
 
 

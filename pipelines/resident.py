@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import crop_resize, photometric
+from kernels.transfer import to_device
 from pipelines.batch import ViewBatch
 from pipelines.config import LoaderConfig
 from pipelines.loading import ranks_of_this_machine, refuse_state
@@ -90,15 +91,16 @@ class ResidentLoader:
     def views(self, indices: Tensor, epoch: int) -> ViewBatch:
         """All views of the images at ``indices`` [N], as this epoch draws them."""
         draws: dict[str, Any] = {"seed": self.seed, "epoch": epoch, "indices": indices}
-        rows, sizes, stored = indices.to(self.device), self.sizes[indices], self.stored_sizes[indices]
+        rows, sizes, stored = to_device(indices, self.device), self.sizes[indices], self.stored_sizes[indices]
         boxes = draw_plan_boxes(self.plan, **draws, heights=stored[:, 0], widths=stored[:, 1], size=self.size)
         if not torch.equal(sizes, stored):
             boxes = _scaled(boxes, sizes / stored)
-        crops = torch.stack([crop_resize(self.canvas, own, self.size, rows=rows, sizes=sizes) for own in boxes])
+        of_all_views = {"rows": rows.repeat(len(boxes)), "sizes": sizes.repeat(len(boxes), 1)}
+        crops = crop_resize(self.canvas, boxes.flatten(0, 1), self.size, **of_all_views).unflatten(0, boxes.shape[:2])
         crops = apply_policies(self.plan, crops, **draws)
         params = draw_plan_photometric(self.plan, **draws, size=self.size)
         views = photometric(crops.flatten(0, 1), params, mean=self.source.mean, std=self.source.std)
-        return ViewBatch(views.unflatten(0, crops.shape[:2]), self.labels[rows], rows)
+        return ViewBatch(views.unflatten(0, crops.shape[:2]), self.labels[rows], rows, indices)
 
     def state(self) -> Tensor | None:
         return None

@@ -11,11 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from kernels.ranks import gather_rows
+
 
 class AllReduceBatchNorm(_BatchNorm):
-    """BatchNorm whose batch statistics are those of all ranks together: ``nn.SyncBatchNorm`` for the CPU.
+    """BatchNorm whose batch statistics are those of all ranks together, as many images on each.
 
-    PyTorch's own refuses CPU tensors. The gradient is that of one process with the whole batch.
+    PyTorch's ``nn.SyncBatchNorm`` refuses CPU tensors; on a GPU it waits for the device in every layer, to leave out
+    ranks with an empty batch, which there are none of. The gradient is that of one process with the whole batch.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -28,12 +31,28 @@ class AllReduceBatchNorm(_BatchNorm):
         """[N, C, …] -> the same shape."""
         if not self.training:
             return super().forward(input)
+        if input.device.type == "cuda":
+            return self._on_gpu(input)
         mean, variance, count = _statistics(input.detach(), self.process_group)
         self._update_running(mean, variance * (count / (count - 1).clamp_min(1)))
         normalised: Tensor = _Normalise.apply(
             input, self.weight, self.bias, mean, variance, count, self.eps, self.process_group
         )
         return normalised
+
+    def _on_gpu(self, input: Tensor) -> Tensor:
+        running_mean, running_var, weight = None, None, self.momentum or 0.0
+        if self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            running_mean, running_var = self.running_mean, self.running_var
+            if self.momentum is None:  # plain averages: PyTorch, too, waits for the device to know the count
+                weight = 1 / float(self.num_batches_tracked)
+        if not (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+            input = input.contiguous()
+        output: Tensor = _GatheredNorm.apply(
+            input, self.weight, self.bias, running_mean, running_var, weight, self.eps, self.process_group
+        )
+        return output
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, unbiased_variance: Tensor) -> None:
@@ -99,24 +118,68 @@ class _Normalise(torch.autograd.Function):
         return own, of_weight if affine else None, of_bias if affine else None, None, None, None, None, None
 
 
+class _GatheredNorm(torch.autograd.Function):
+    """The same by PyTorch's CUDA kernels, those of ``nn.SyncBatchNorm``: statistics, their union, normalisation."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float,
+        eps: float,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        channels = input.shape[1]
+        mean, scale = torch.batch_norm_stats(input, eps)  # scale: 1 / √(variance + eps)
+        count = mean.new_full((1,), input.numel() // channels)
+        means, scales, counts = gather_rows(torch.cat([mean, scale, count])[None], group).split(
+            [channels, channels, 1], dim=1
+        )
+        mean, scale = torch.batch_norm_gather_stats_with_counts(
+            input, means, scales, running_mean, running_var, momentum, eps, counts.reshape(-1)
+        )
+        ctx.save_for_backward(input, weight, mean, scale, counts.to(torch.int32))
+        ctx.group = group
+        normalised: Tensor = torch.batch_norm_elemt(input, weight, bias, mean, scale, eps)
+        return normalised
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, mean, scale, counts = ctx.saved_tensors
+        if gradient.stride() != input.stride():
+            gradient = torch.empty_like(input, dtype=gradient.dtype).copy_(gradient)
+        total, product, of_weight, of_bias = torch.batch_norm_backward_reduce(
+            gradient, input, mean, scale, weight, True, True, True
+        )
+        sums = torch.cat([total, product])
+        dist.all_reduce(sums, group=ctx.group)
+        total, product = sums.chunk(2)
+        own = torch.batch_norm_backward_elemt(gradient, input, mean, scale, weight, total, product, counts)
+        affine = weight is not None
+        return own, of_weight if affine else None, of_bias if affine else None, None, None, None, None, None
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device, group: dist.ProcessGroup) -> None:
+def synchronise_batchnorm(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Replace every BatchNorm inside by one over all ranks of ``group``; parameters, buffers and names stay."""
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
             shape = (child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new: nn.SyncBatchNorm | AllReduceBatchNorm
-            new = nn.SyncBatchNorm(*shape) if device.type == "cuda" else AllReduceBatchNorm(*shape)
+            new = AllReduceBatchNorm(*shape)
             new.process_group = group
             new.train(child.training)
             for tensor in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
                 setattr(new, tensor, getattr(child, tensor))  # the same tensors, not copies in another dtype
             setattr(module, name, new)
         else:
-            synchronise_batchnorm(child, device, group)
+            synchronise_batchnorm(child, group)
 
 
 @torch.no_grad()

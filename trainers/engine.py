@@ -33,7 +33,7 @@ class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
     channels_last: bool = True
-    compile: bool = False  # torch.compile the encoder
+    compile: bool = False  # torch.compile encoder and heads together
     # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite.
     # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device a step.
     nonfinite: Literal["stop", "skip"] = "stop"
@@ -153,7 +153,9 @@ class Engine:
             "train_micro_batch_size_per_gpu": micro_batch_size,
             "gradient_accumulation_steps": config.accumulation * view_parts,
             "train_batch_size": micro_batch_size * config.accumulation * view_parts * ranks.world_size,
-            "gradient_clipping": config.gradient_clipping,
+            # Without ZeRO we clip: DeepSpeed's own copies two numbers to the device, and waits, in every step.
+            "gradient_clipping": config.gradient_clipping if config.zero_stage else 0.0,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device at both ends of a step
             "zero_optimization": {"stage": config.zero_stage},
             "zero_allow_untested_optimizer": True,  # SGD is exact under ZeRO; the recipe refuses LARS
             "steps_per_print": 1 << 62,
@@ -164,6 +166,10 @@ class Engine:
             model=method, optimizer=optimizer, config=settings, dist_init_required=False
         )
         self._optimizer = optimizer
+        self._trained = [p for p in method.parameters() if p.requires_grad]
+        if ranks.world_size == 1 and config.zero_stage == 0:
+            # There is no one to average with; DeepSpeed would copy every gradient into one flat tensor and back.
+            self._engine.enable_backward_allreduce = False
         if any(p.dtype == torch.float64 for p in method.parameters()):
             self._engine.communication_data_type = torch.float64  # else doubles are averaged in float32
             _let_deepspeed_reduce_doubles()
@@ -183,10 +189,20 @@ class Engine:
         """To be called after each ``backward``; the update, with this learning rate, follows the last one."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        if self.config.zero_stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            self._complete_gradients()
         self._engine.step()
         self._patient_calls -= 1
         if self._patient_calls == 0 and self.ranks.group is not None and not self.config.compile:
             self._expect_ranks_together()
+
+    def _complete_gradients(self) -> None:
+        """A parameter that nothing pulls at decays all the same, as on many ranks, where DeepSpeed sees to it."""
+        for parameter in self._trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.config.gradient_clipping > 0:
+            nn.utils.clip_grad_norm_(self._trained, self.config.gradient_clipping)
 
     def _expect_ranks_together(self) -> None:
         """From now on a collective of a step that waits longer than ``timeout`` means that a rank is stuck.
@@ -240,8 +256,10 @@ class Engine:
             parameter = owners[owner]
             if value.shape == parameter.shape:  # in the parameter's own memory format
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            elif value.dim():  # Adam's step count is a scalar and stays on the host
+            elif value.dim():
                 raise ValueError(f"optimizer state {name} is {list(value.shape)}, not {list(parameter.shape)}")
+            elif self._optimizer.defaults.get("fused"):  # Adam's step count, which else stays on the host
+                value = value.to(parameter.device)
             self._optimizer.state[parameter][key] = value
 
     def load_optimizer_shards(self, shards: list[dict[str, Tensor]]) -> None:
@@ -316,7 +334,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def prepare_module(module: Module, config: EngineConfig, ranks: Ranks) -> Module:
     """Move to the device and precision, and synchronise BatchNorm: before the optimizer sees the parameters."""
     if ranks.group is not None and config.batchnorm == "sync":
-        synchronise_batchnorm(module, ranks.device, ranks.group)
+        synchronise_batchnorm(module, ranks.group)
     return module.to(ranks.device, torch.float64 if config.precision == "float64" else None)
 
 

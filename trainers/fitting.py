@@ -22,5 +22,6 @@ def load_fitted(module: nn.Module, optimizer: torch.optim.Optimizer, tensors: di
         for full, value in tensors.items():
             owner, _, key = full.rpartition("::")
             if owner == name:
-                device = value.device if value.dim() == 0 else parameter.device
+                stays = value.dim() == 0 and not optimizer.defaults.get("fused")  # Adam's step count
+                device = value.device if stays else parameter.device
                 optimizer.state[parameter][key] = value.to(device).clone()

@@ -34,7 +34,7 @@ class Mine(nn.Module):
         self.rate = rate
         self.register_buffer("log_average", torch.tensor(-math.inf))
         self.to(device)
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr, fused=True)
 
     def fit(self, x: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """One step on rows x and y [N, d] that belong together, of all ranks; returns the estimate in nats.

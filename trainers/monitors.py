@@ -41,7 +41,7 @@ class Probe(nn.Module):
     def __init__(self, features: int, classes: int, lr: float, device: torch.device) -> None:
         super().__init__()
         self.linear = nn.Linear(features, classes).to(device)
-        self.optimizer = torch.optim.Adam(self.linear.parameters(), lr)
+        self.optimizer = torch.optim.Adam(self.linear.parameters(), lr, fused=True)
 
     def fit(self, features: Tensor, labels: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """One step on features [V, N, d] and labels [N] (-1: unlabelled, ignored); returns the loss.

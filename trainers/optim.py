@@ -86,12 +86,14 @@ def build_optimizer(config: OptimConfig, module: nn.Module, lr: float) -> torch.
         return LARS(groups, lr, momentum=momentum, trust_coefficient=trust)
     for group in groups:
         del group["adapt"]
+    # One pass over memory instead of one an operation; not the default, on CPUs nor on GPUs.
+    fused = all(p.device.type != "meta" for group in groups for p in group["params"])
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=bool(config.nesterov))
+        return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=bool(config.nesterov), fused=fused)
     betas = config.betas or (0.9, 0.999)
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr, betas=betas)
-    return torch.optim.AdamW(groups, lr, betas=betas)
+        return torch.optim.Adam(groups, lr, betas=betas, fused=fused)
+    return torch.optim.AdamW(groups, lr, betas=betas, fused=fused)
 
 
 def build_schedule(
@@ -167,15 +169,19 @@ class LARS(torch.optim.Optimizer):
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             velocities.append(state["momentum_buffer"])
-        directions = [p.grad for p in params if p.grad is not None]
+        gradients = [p.grad for p in params if p.grad is not None]
+        directions = gradients
         if group["weight_decay"]:
-            directions = list(torch._foreach_add(directions, params, alpha=group["weight_decay"]))
+            directions = list(torch._foreach_add(gradients, params, alpha=group["weight_decay"]))
         if group["adapt"]:
             weight_norms = torch.stack(list(torch._foreach_norm(params)))
             norms = torch.stack(list(torch._foreach_norm(directions)))
             usable = (weight_norms > 0) & (norms > 0)
             ratios = torch.where(usable, group["trust_coefficient"] * weight_norms / norms, 1.0)
-            directions = list(torch._foreach_mul(directions, list(ratios.unbind())))
+            if directions is gradients:
+                directions = list(torch._foreach_mul(gradients, list(ratios.unbind())))
+            else:
+                torch._foreach_mul_(directions, list(ratios.unbind()))
         torch._foreach_mul_(velocities, group["momentum"])
         torch._foreach_add_(velocities, directions, alpha=group["lr"])
         torch._foreach_sub_(params, velocities)

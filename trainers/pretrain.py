@@ -246,7 +246,7 @@ def restore(run: Run, state: RunState, path: str) -> None:
             run.engine.load_optimizer_state(optimizer["optimizer"])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    run.log.load(state.shared["meters"], ranks.device)
+    run.log.load(state.shared["meters"])
     run.monitor.load(state.shared)
     if "generators" in state.sharded:
         restore_generators(state.sharded["generators"], ranks.device)

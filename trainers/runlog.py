@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from contextlib import suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from trainers.engine import Ranks
 from trainers.state import CheckpointError
 
 _SKIPPED = "skipped_steps::total"
-
+_MOST_UNREAD = 1024  # steps
 
 _MOST_ROW = 1 << 20  # letters
 
@@ -33,7 +36,7 @@ class LogConfig(Section):
 
 
 class RunLog:
-    """Averages scalars on the device and writes them, every so many steps, to all that listen.
+    """Keeps scalars on the device and writes their means, every so many steps, to all that listen.
 
     ``metrics.jsonl`` and TensorBoard always, a line on the terminal, Weights & Biases if asked for. Keys that depend
     on the machine's speed begin with ``time/``; all others are equal in two equal runs.
@@ -51,8 +54,9 @@ class RunLog:
     ) -> None:
         self.config, self.total_steps, self.batch_size = config, total_steps, batch_size
         self.active = ranks.is_main
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}  # of the steps in each sum: some scalars are not known in all
+        self._unread: list[tuple[tuple[str, ...], Tensor]] = []  # of each step: names, and values on the device
+        self._sums: dict[str, float] = {}  # of what has been read
+        self._counts: dict[str, int] = {}  # of the steps in each sum: some scalars are not known in all
         self.steps_done = 0  # by this process
         self.skipped_steps: int | None = None  # since the run began; None: none are ever skipped
         self._interval_start = time.perf_counter()
@@ -122,12 +126,11 @@ class RunLog:
 
         NaN means that a scalar is not known in this step, and counts for nothing; but not if it is the loss.
         """
-        for name, value in scalars.items():
-            value = value.detach().double()
-            known = ~value.isnan() if name != "loss" else torch.ones_like(value, dtype=torch.bool)
-            value = torch.where(known, value, 0)
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts[name] + known if name in self._counts else known.long()
+        if scalars:
+            # One launch a step. All else is done when they are read.
+            self._unread.append((tuple(scalars), torch.stack([value.detach() for value in scalars.values()])))
+        if len(self._unread) >= _MOST_UNREAD:
+            self._read()
         self.steps_done += 1
         self._interval_steps += 1
         self._waited += waited
@@ -136,8 +139,8 @@ class RunLog:
 
     def write_step(self, step: int, epoch: float, lr: float) -> dict[str, float]:
         """The mean of all scalars since the last call, as one row and one line; returns it on every rank."""
-        counts = {name: int(count) for name, count in self._counts.items()}
-        row = {f"train/{name}": float(self._sums[name]) / count for name, count in counts.items() if count}
+        self._read()
+        row = {f"train/{name}": self._sums[name] / count for name, count in self._counts.items() if count}
         row["train/lr"] = lr
         if self.skipped_steps is not None:
             row["train/skipped_steps"] = self.skipped_steps
@@ -196,15 +199,27 @@ class RunLog:
 
     def state(self) -> dict[str, Tensor]:
         """Sums that a checkpoint between two rows would otherwise lose, and the count of skipped steps."""
-        state = self._sums | {f"{name}::steps": count for name, count in self._counts.items()}
+        self._read()
+        state = {name: torch.tensor(total, dtype=torch.float64) for name, total in self._sums.items()}
+        state |= {f"{name}::steps": torch.tensor(count) for name, count in self._counts.items()}
         return state | ({} if self.skipped_steps is None else {_SKIPPED: torch.tensor(self.skipped_steps)})
 
-    def load(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         tensors = dict(tensors)
         if (skipped := tensors.pop(_SKIPPED, None)) is not None:
             self.skipped_steps = int(skipped)
-        self._sums = {name: value.to(device) for name, value in tensors.items() if not name.endswith("::steps")}
-        self._counts = {name: tensors[f"{name}::steps"].to(device) for name in self._sums}
+        self._sums = {name: float(value) for name, value in tensors.items() if not name.endswith("::steps")}
+        self._counts = {name: int(tensors[f"{name}::steps"]) for name in self._sums}
+
+    def _read(self) -> None:
+        """Wait for the device and add up what it has, step by step: a sum must not depend on when it was saved."""
+        for names, rows in groupby(self._unread, key=itemgetter(0)):
+            for values in torch.stack([values for _, values in rows]).tolist():
+                for name, value in zip(names, values, strict=True):
+                    known = name == "loss" or not math.isnan(value)
+                    self._sums[name] = self._sums.get(name, 0.0) + (value if known else 0.0)
+                    self._counts[name] = self._counts.get(name, 0) + known
+        self._unread = []
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False)

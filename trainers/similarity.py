@@ -14,9 +14,9 @@ def view_similarities(z1: Tensor, z2: Tensor, group: dist.ProcessGroup | None = 
     The second needs no matrix: the sum over all ordered pairs of <a, b> is |Σ a|², from which the 2N
     self-similarities (1 each) and the 2N ordered positives are taken away.
     """
-    unit1, unit2 = F.normalize(z1.float(), dim=1), F.normalize(z2.float(), dim=1)
-    n = torch.tensor([float(len(z1))], device=z1.device)
-    sums = torch.cat([(unit1 + unit2).sum(0), (unit1 * unit2).sum().view(1), n])
+    unit = F.normalize(torch.stack([z1, z2]).float(), dim=2)
+    n = unit.new_full((1,), len(z1))  # filled on the device: a number copied there would be waited for
+    sums = torch.cat([unit.sum((0, 1)), (unit[0] * unit[1]).sum().view(1), n])
     if group is not None:
         dist.all_reduce(sums, group=group)
     total, positives, n = sums[:-2], sums[-2], sums[-1]

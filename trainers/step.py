@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pipelines.batch import ViewBatch
 from trainers.batchnorm import frozen_running_statistics
-from trainers.engine import Engine
+from trainers.dropout import dropout_rate
+from trainers.engine import Engine, EngineConfig
 from trainers.methods import BaseMethod
 
 Embeddings = dict[str, Tensor]
@@ -49,8 +50,32 @@ def update_method(engine: Engine, method: BaseMethod, result: StepResult) -> Non
     method.update(result.embeddings, result.batch, engine.ranks.group)
 
 
+def compile_embedding(method: BaseMethod, config: EngineConfig) -> None:
+    """``torch.compile`` what the method embeds with: encoder and heads in one graph, for the shapes of the run alone.
+
+    Modules stay as they are, and so do the names in checkpoints and exports; evaluation runs the encoder as it is.
+
+    Raises:
+        ValueError: the step embeds twice (``engine.accumulation``, views in parts) and has dropout, whose masks a
+            compiled graph without gradient need not draw as one with gradient does.
+    """
+    twice = config.accumulation > 1 or (method.view_parts > 1 and not method.separable)
+    if twice and dropout_rate(method) > 0:
+        raise ValueError(
+            "engine.compile does not go with dropout where a step embeds its images twice; set engine.accumulation=1"
+            " or the method's dropout to 0, or leave engine.compile out"
+        )
+    method.embed = torch.compile(method.embed, dynamic=False)  # type: ignore[method-assign]
+
+
 def _part_by_part(engine: Engine, method: BaseMethod, batch: ViewBatch, lr: float) -> StepResult:
     targets = _targets(method, batch)
+    if method.view_parts == 1:  # the usual way, without operations that would change nothing
+        embeddings = engine.forward(batch.views)
+        scalars = method.loss(embeddings | targets, batch, engine.ranks.group)
+        engine.backward(scalars["loss"])
+        engine.step(lr)
+        return StepResult(_detached(scalars), _detached(embeddings) | targets, batch)
     losses: list[Embeddings] = []
     parts: list[Embeddings] = []
     for views in batch.views.chunk(method.view_parts):
@@ -83,6 +108,7 @@ def _two_passes(engine: Engine, method: BaseMethod, micro_batches: Sequence[View
             views=micro_batches[0].views[:, :0],
             labels=torch.cat([micro.labels for micro in micro_batches]),
             indices=torch.cat([micro.indices for micro in micro_batches]),
+            host_indices=torch.cat([micro.indices_on_host() for micro in micro_batches]),
         )
     leaves = {name: value.detach().requires_grad_() for name, value in embeddings.items()}
     scalars = method.loss(leaves | targets, batch, engine.ranks.group)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels.fused.products import rounded
 from kernels.fused.tuning import CompileCase, bucket, tuned
+from kernels.transfer import to_device
 
 _WORKSPACE_BYTES = 512 * 2**20  # for the blur; with more samples than fit, the next ones use it again
 _PARTS = 64  # at most so many partial sums of gray a sample
@@ -259,9 +260,7 @@ def render(crops: Tensor, packed: Tensor, affine: Tensor, out: Tensor) -> None:
     chunk = batch if blurred <= room else room
     places = torch.cat([part.cumsum(0) - 1 for part in blurs.split(chunk)])  # in the workspace
     packed = torch.cat([packed, places[:, None]], 1)
-    if known and crops.device.type == "cuda":
-        packed = packed.pin_memory()
-    packed = packed.to(crops.device, non_blocking=True)
+    packed = to_device(packed, crops.device)
 
     parts, size = min(triton.cdiv(pixels, _PART_PIXELS), _PARTS), bucket(pixels)
     sums = crops.new_empty((batch if contrast else 1, parts), dtype=torch.float32)

@@ -80,6 +80,9 @@ class Images(Protocol):
         ...
 
 
+_COPIED = 1024  # images at a time
+
+
 class ArrayImages:
     """Images in one or several uint8 arrays [n, H, W, 3] (a memory map will do), seen as one sequence.
 
@@ -123,7 +126,8 @@ class ArrayImages:
         joined = np.empty((len(rows), *self._parts[0].shape[1:]), dtype=np.uint8)
         for part, start in zip(self._parts, self._starts, strict=False):
             inside = np.flatnonzero((rows >= start) & (rows < start + len(part)))
-            joined[inside] = part[rows[inside] - start]
+            for some in np.array_split(inside, -(-len(inside) // _COPIED) or 1):  # indexing makes a copy of its own
+                joined[some] = part[rows[some] - start]
         return joined
 
     @property

@@ -335,3 +335,53 @@ def test_two_or_three_ranks_are_one_process_and_refuse_unequal_batches():
     assert_shares_of_the_whole_batch(of_two)
     for message in refusals:
         assert "[[4, 3, 8], [5, 3, 8], [6, 3, 8]]" in message
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_of_many_rows_no_matrix_is_kept(monkeypatch, unbiased, dtype):
+    """Tiles that do not fit evenly, columns in parts, against the statistics of the papers and the stored distances."""
+    from kernels import distance, distance_streamed
+
+    x, y = features(67, 30, 7, dtype=dtype)
+    x = x + 100
+    x[12], y[40] = x[50], y[3]  # equal rows in different tiles
+    y[5] = y[4]
+    exact = value_and_gradients(x.double(), y.double(), unbiased=unbiased, backend="reference")
+    monkeypatch.setattr(distance, "MOST_STORED", 0)
+    monkeypatch.setattr(distance_streamed, "TILE", 16)
+    monkeypatch.setattr(distance_streamed, "_BLOCK_ELEMENTS", 16 * 13)
+    found = value_and_gradients(x, y, unbiased=unbiased, backend="tiled")
+    statistic = bias_corrected if unbiased else of_v_statistics
+    assert abs(found[0].item() - statistic(x.double().numpy(), y.double().numpy())) < (
+        1e-12 if dtype == torch.float64 else 1e-6
+    )
+    for gradient, right in zip(found[1:], exact[1:], strict=True):
+        assert gradient.dtype == dtype
+        assert error(gradient, right) < (1e-9 if dtype == torch.float64 else 1e-5)
+
+
+def test_streamed_and_stored_agree_on_what_is_odd(monkeypatch):
+    """Upstream gradients, inputs without one, features that are all the same, and NaN."""
+    from kernels import distance
+
+    x, y = features(20, 3, 2)
+
+    def found(x: Tensor, y: Tensor) -> list[Tensor]:
+        x = x.clone().requires_grad_()
+        value = distance_correlation(x, y, backend="tiled")
+        return [value.detach(), *torch.autograd.grad(-3 * value, x)]
+
+    cases = [(x, y), (torch.ones_like(x), y), (x, torch.full_like(y, 0.1)), (x.clone().fill_diagonal_(math.nan), y)]
+    stored = [found(*case) for case in cases]
+    monkeypatch.setattr(distance, "MOST_STORED", 0)
+    for case, expected in zip(cases, stored, strict=True):
+        torch.testing.assert_close(found(*case), expected, equal_nan=True)
+
+
+def test_memory_is_that_of_rows_not_of_pairs():
+    """1,200 rows: a matrix of float64 has 1.44 million elements, a tile 65,536, the rows 9,600."""
+    x, y = features(1200, 8, 5, dtype=torch.float32)
+    with LargestTensor() as largest:
+        value_and_gradients(x, y, backend="tiled")
+    assert largest.elements <= 1 << 16

@@ -225,7 +225,7 @@ def _of_three_ranks(group: dist.ProcessGroup, folder: Path) -> list[Any]:
 
 
 def test_all_ranks_finish_or_fail_together(tmp_path: Path) -> None:
-    results = run_ranks(3, _of_three_ranks, tmp_path, start="forkserver")
+    results = run_ranks(3, _of_three_ranks, tmp_path)
     assert all(result[0] == [1, 3] for result in results)
     assert all("rank 2: [Errno 28]" in result[1][0] for result in results)
     assert len({result[2] for result in results}) == 1

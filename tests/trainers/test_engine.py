@@ -7,7 +7,16 @@ import torch
 import torch.distributed as dist
 
 from tests.distributed import run_ranks
-from tests.trainers.small_runs import STEPS, SmallRun, difference, make_method, micro_batches, parameters, views_of_step
+from tests.trainers.small_runs import (
+    LR,
+    STEPS,
+    SmallRun,
+    difference,
+    make_method,
+    micro_batches,
+    parameters,
+    views_of_step,
+)
 
 SETTINGS = {"temperature": 0.5, "projector": {"hidden": 32, "output": 16}}
 
@@ -57,13 +66,33 @@ CASES |= {
 
 
 def train_cases(group: dist.ProcessGroup) -> dict[str, dict[str, torch.Tensor]]:
-    return {name: train(group, **case) for name, case in CASES.items()}
+    return {name: train(group, **case) for name, case in CASES.items()} | {"idle": {"weight": train_idle(group)}}
+
+
+def train_idle(group: dist.ProcessGroup) -> torch.Tensor:
+    """A weight that the loss does not depend on."""
+    method = make_method("simclr", SETTINGS)
+    method.idle = torch.nn.Parameter(torch.ones(2, 2, dtype=torch.float64))
+    run = SmallRun(group, method)
+    for step in range(STEPS):
+        run.step(step)
+    return method.idle.detach()
 
 
 @pytest.fixture(scope="module")
 def results() -> dict[int, list[dict[str, dict[str, torch.Tensor]]]]:
     """All cases by number of ranks; one start-up of DeepSpeed for all of them."""
     return {world_size: run_ranks(world_size, train_cases, timeout=280) for world_size in (1, 2)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_weight_without_gradient_decays(results: Any, world_size: int) -> None:
+    weight, velocity = 1.0, 0.0
+    for _ in range(STEPS):
+        velocity = 0.9 * velocity + 1e-3 * weight  # momentum, weight decay
+        weight -= LR * velocity
+    for rank in results[world_size]:
+        assert torch.allclose(rank["idle"]["weight"], torch.full((2, 2), weight, dtype=torch.float64), rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith(("sgd", "lars"))])

@@ -33,7 +33,7 @@ def test_a_mean_is_over_the_steps_in_which_a_scalar_is_known(tmp_path: Path) -> 
     saved = {name: value.clone() for name, value in log.state().items()}
     log.close()
     again = opened(tmp_path)
-    again.load(saved, torch.device("cpu"))
+    again.load(saved)
     step(again, loss=6.0, late=7.0, never=math.nan, new=4.0)
     again.write_step(3, 0.3, 0.1)
     again.close()

@@ -133,7 +133,9 @@ class Method(BaseMethod):
 
     def targets(self, batch: ViewBatch) -> dict[str, Tensor]:
         """[1, N, width] float16: what the teacher makes of the first view."""
-        rows = self.remembered.look_up(batch.indices, lambda places: self.teacher.embed(batch.views[0][places]))
+        rows = self.remembered.look_up(
+            batch.indices, lambda places: self.teacher.embed(batch.views[0][places]), batch.indices_on_host()
+        )
         return {"teacher": rows[None]}
 
     def loss(
@@ -143,7 +145,7 @@ class Method(BaseMethod):
 
     def update(self, embeddings: dict[str, Tensor], batch: ViewBatch, group: dist.ProcessGroup | None) -> None:
         rows = embeddings["teacher"].squeeze(0)
-        self.remembered.put(batch.indices, rows, group)
+        self.remembered.put(batch.indices, rows, group, batch.indices_on_host())
         if self.supervised:
             self.head.fit(rows, batch.labels, group)
 

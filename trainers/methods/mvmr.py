@@ -108,7 +108,7 @@ class Method(BaseMethod):
                 std=facts.std,
                 seed=facts.seed,
                 step=self._step,
-                indices=batch.indices,
+                indices=batch.indices_on_host(),
             )
 
         found = represent(self.representations, images, augmented, seed_bins=self.config.faithful)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.transfer import to_device
 from pipelines.sources import DataError
 
 _ROWS = 64  # images embedded at a time, always as many: the numbers must not depend on which others come along
@@ -86,7 +87,9 @@ class ClipTeacher:
         """views [n, 3, H, W] -> [n, 3, *size], as the tower takes them."""
         if not self._own_statistics:
             return self._resized(views)
-        (mean, std), (new_mean, new_std) = (s.to(views.device, views.dtype) for s in (self._views, self._images))
+        (mean, std), (new_mean, new_std) = (
+            to_device(s.to(views.dtype), views.device) for s in (self._views, self._images)
+        )
         # Cubic curves overshoot; an image's pixels are cut off there.
         return (self._resized(views * std + mean).clamp(0, 1) - new_mean) / new_std
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import crop_resize, photometric
+from kernels.transfer import to_device
 from pipelines.policies import apply_policies
 from pipelines.views import View, draw_boxes, draw_photometric
 
@@ -42,15 +43,15 @@ def augment_again(
         view: what to do.
         seed: of the run.
         step: from 0. With it and `indices`, [N] int64 positions in the source, draws are the same on any number of
-            ranks and after a resume.
+            ranks and after a resume. Best on the CPU, where parameters are drawn.
 
     Returns:
         [N, 3, H, H] float32, normalised, channels_last.
     """
     size = images.shape[-1]
-    scale, shift = (torch.tensor(values, device=images.device).mul_(255).view(3, 1, 1) for values in (std, mean))
+    scale, shift = to_device(torch.tensor([std, mean]).mul_(255).view(2, 3, 1, 1), images.device).unbind()
     pixels = (images.float() * scale + shift).round_().clamp_(0, 255).to(torch.uint8)
-    indices = indices.cpu()  # where parameters are drawn
+    indices = indices.cpu()
     draw: dict[str, Any] = {"seed": (seed + _SALT) % 2**62, "epoch": step, "indices": indices}
     extents = torch.full_like(indices, size)
     boxes = draw_boxes(view, **draw, view_index=0, heights=extents, widths=extents, size=size)
