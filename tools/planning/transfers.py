@@ -80,8 +80,6 @@ def engine_transfers(share: Share, model: Model, recipe: Recipe) -> list[Transfe
         found += [weights] * (backwards - 1 if engine.zero_stage == 2 else 0)
         found.append(Transfer(SCALARS, REDUCE, 4, 2))
         found += [Transfer(WEIGHTS, GATHER, group * share.element) for group in model.groups]
-    elif engine.gradient_clipping:
-        found.append(Transfer(SCALARS, REDUCE, 4))
     found.append(Transfer(CONTROL, REDUCE, 3 * 8))  # a rank was told to stop, a checkpoint is due, one is being written
     if engine.nonfinite == "skip":
         found.append(Transfer(CONTROL, REDUCE, 8))
@@ -118,7 +116,7 @@ def monitor_transfers(share: Share, model: Model, recipe: Recipe) -> list[Transf
 def _batchnorm(share: Share, model: Model, forwards: int, backwards: int) -> list[Transfer]:
     found = []
     for channels in model.norms:
-        if share.device == "cuda":  # nn.SyncBatchNorm gathers the statistics of every rank
+        if share.device == "cuda":  # there the statistics of every rank are gathered
             found.append(Transfer(BATCHNORM, GATHER, 4 * (2 * channels + 1) * share.ranks, forwards))
             found.append(Transfer(BATCHNORM, REDUCE, 4 * 2 * channels, backwards))
         else:

@@ -38,7 +38,7 @@ _TOLD = {
     "train/mine/mutual_information": "MINE's estimate, in nats, of what two views' features tell about each other.",
     "train/embedding_std": "Mean standard deviation of the embedding's dimensions. Near 0 is collapse.",
     "time/images_per_second": "Of training alone, without evaluation and checkpoints.",
-    "time/data_wait": "Share of the time spent waiting for images. Near 0 is good; high: loading limits the run.",
+    "time/data_wait": "Share of the time that the host waited for images; a GPU may have been busy. Near 0 is good.",
 }
 
 
