@@ -83,9 +83,9 @@ def peak_above_warm(case: Case, name: str) -> float:
     """Megabytes that one call adds at its peak to this process, which has run a tiny one and holds the inputs."""
     case.contenders(True)[name]()
     run = case.contenders(False)[name]
-    before = _reset_peak()
+    before = reset_peak()
     run()
-    return (_peak() - before) / 1e6
+    return (peak_memory() - before) / 1e6
 
 
 def median_of_fresh_processes(command: Sequence[str], processes: int = 3) -> float:
@@ -115,17 +115,17 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Forget the process's peak memory, where the system lets one; the memory it has now, or the old peak."""
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
     except OSError:
         pass
-    return _peak()
+    return peak_memory()
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     try:
         with open("/proc/self/status") as file:
             return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
