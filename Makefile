@@ -18,7 +18,7 @@ quickstart: $(VENV)/.base
 	@echo "curves: $(BIN)/tensorboard --logdir runs/quickstart/tensorboard   rows: runs/quickstart/metrics.jsonl"
 
 test: $(VENV)/.dev
-	$(if $(wildcard $(VENV)/.without-ffcv),TWINSTREAM_WITHOUT_FFCV=1) $(BIN)/python -m pytest -n $(WORKERS)
+	$(if $(wildcard $(VENV)/.without-ffcv),TWINSTREAM_WITHOUT_FFCV=1) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

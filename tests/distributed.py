@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+import torch.multiprocessing  # tensors among the arguments are handed over
+
+from tests.forked import CONTEXT
 
 
-def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120, start: str = "spawn"
-) -> list[Any]:
-    """Call `function(group, *args)` in `world_size` fresh one-thread processes joined in one gloo group.
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `function(group, *args)` in `world_size` one-thread processes joined in one gloo group.
+
+    They are forked from a server that has only imported (`tests.forked`).
 
     `function` must stand at the top level of a module and, like its arguments and results, be picklable.
 
@@ -30,10 +32,9 @@ def run_ranks(
         RuntimeError: a rank failed; the message is the traceback of the one that failed first.
         TimeoutError: some rank was not done after `timeout` seconds.
     """
-    context: Any = torch.multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
-            context.Process(target=_run_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)
+            CONTEXT.Process(target=_run_rank, args=(rank, world_size, folder, timeout, function, args), daemon=True)
             for rank in range(world_size)
         ]
         for rank in ranks:

@@ -117,7 +117,7 @@ def test_any_number_of_ranks_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
     undisturbed: dict[str, Any] = {}
     worst: dict[str, float] = {}
     for world_size, jobs in CHAIN:
-        results = run_ranks(world_size, go_on, tmp_path, jobs, timeout=280, start="forkserver")
+        results = run_ranks(world_size, go_on, tmp_path, jobs, timeout=280)
         for (name, begin), found in results[0].items():
             for other in results[1:]:
                 assert torch.equal(other[name, begin]["weights"], found["weights"]), "the ranks differ"

@@ -199,6 +199,7 @@ def limited(recipe: Path, run_dir: Path, megabytes: int, *overrides: str) -> sub
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_a_batch_that_fits(tmp_path: Path) -> None:
     recipe = tmp_path / "hungry.yaml"
     recipe.write_text(HUNGRY)

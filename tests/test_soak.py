@@ -86,6 +86,7 @@ def soak(folder: Path, epochs: int, data: str) -> None:
     check_flat(held)
 
 
+@pytest.mark.slow
 def test_forty_epochs_are_flat(tmp_path: Path) -> None:
     soak(tmp_path, 40, "{source: digits, limit: 32, holdout: 0.03, loader: resident}")
 

@@ -34,7 +34,13 @@ log: {{every_steps: 2}}
 """  # 80 images, 8 of them held out: 9 steps an epoch, a checkpoint every 4
 
 
-@pytest.mark.parametrize("loader", ["loader: ffcv, order: quasi_random, os_cache: false", "loader: dali, reader: dali"])
+@pytest.mark.parametrize(
+    "loader",
+    [
+        "loader: ffcv, order: quasi_random, os_cache: false",
+        pytest.param("loader: dali, reader: dali", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_ends_bit_identical(loader: str, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     write_photos(photos, 80)
@@ -60,7 +66,9 @@ def test_a_killed_run_ends_bit_identical(loader: str, tmp_path: Path) -> None:
     assert rows(calm) == rows(rough)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), pytest.param(signal.SIGTERM, 75, marks=pytest.mark.slow)]
+)
 def test_plains_processes_end_with_the_run(number: signal.Signals, code: int, tmp_path: Path) -> None:
     """Killed, it takes them along; a signal to the whole group, as Ctrl-C sends one, is still the run's to answer."""
     write_photos(tmp_path / "photos", 80)
