@@ -17,7 +17,7 @@ from pipelines.config import LoaderConfig
 from pipelines.loading import ranks_of_this_machine, refuse_state
 from pipelines.order import EpochOrder
 from pipelines.policies import apply_policies
-from pipelines.sources import ArrayImages, DataError, Source
+from pipelines.sources import DataError, Source
 from pipelines.stacking import stack_images
 from pipelines.views import View, draw_plan_boxes, draw_plan_photometric
 
@@ -62,8 +62,8 @@ class ResidentLoader:
         )
         own_views = len(plan) * batch_size // world_size
         pixels = resident_bytes(source, size)
-        if device.type == "cpu" and not isinstance(source.images, ArrayImages):
-            pixels *= 2  # decoded one by one, then put on one canvas
+        if device.type == "cpu" and source.images.size is None:
+            pixels *= 2  # a canvas that is too small for the next image is copied to a larger one
         needed, free = pixels + own_views * 3 * size * size * 4, free_bytes(device)
         if needed > 0.8 * free:
             raise DataError(

@@ -17,7 +17,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipelines.foreign import printable
-from pipelines.stored.encoded import check_scans, check_size, open_image
+from pipelines.jpeg.decoder import JpegError, jpeg_decoder
+from pipelines.stored.encoded import MOST_PIXELS, check_scans, check_size, open_image
+
+_HEADER_BYTES = 16384  # in which a JPEG's sizes usually stand
 
 # As torchvision.datasets.folder.IMG_EXTENSIONS; compared without regard to case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -294,6 +297,8 @@ def stored_size(path: Path) -> tuple[int, int]:
         DataError: as `decode`, as far as a header can tell.
     """
     try:
+        if (of_jpeg := _jpeg_size(path)) is not None:
+            return of_jpeg
         with open_image(path) as image:
             width, height = image.size
             # Looking for EXIF behind the pixels would decode a PNG whole.
@@ -303,6 +308,22 @@ def stored_size(path: Path) -> tuple[int, int]:
     except Exception as error:
         raise _unreadable(f"the image file {path}", error) from error
     return (width, height) if turned else (height, width)
+
+
+def _jpeg_size(path: Path) -> tuple[int, int] | None:
+    """`stored_size` of a JPEG by our own decoder, in a tenth of Pillow's time; None where Pillow is to say it."""
+    if (decoder := jpeg_decoder()) is None:
+        return None
+    check_size(path)
+    with open(path, "rb", buffering=0) as file:
+        start = file.read(_HEADER_BYTES)
+    try:
+        header = decoder.header(start)
+    except JpegError:  # perhaps a PNG, or EXIF with a large thumbnail stands before
+        return None
+    if not header.supported or header.height * header.width > MOST_PIXELS:
+        return None
+    return (header.width, header.height) if header.orientation >= 5 else (header.height, header.width)
 
 
 def upright_jpeg(data: bytes | np.ndarray) -> tuple[int, int] | None:

@@ -96,7 +96,11 @@ def photos(tmp_path: Path) -> Source:
     return open_source(DataConfig(source="folder", root=tmp_path, holdout=0), "pretrain")
 
 
-def test_photographs_of_many_sizes_against_torchvision(photos: Source) -> None:
+@pytest.mark.parametrize("decoded_at_once", [1024, 2])  # by two the canvas grows on the way
+def test_photographs_of_many_sizes_against_torchvision(
+    photos: Source, decoded_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.stacking._BLOCK", decoded_at_once)
     size = 48
     plan = ViewsConfig(plan="simclr", override={"jitter": 0, "grayscale": 0, "blur": 0}).resolve()
     resident = ResidentLoader(photos, plan, size=size, batch_size=6, seed=0, device=CPU)
