@@ -30,6 +30,7 @@ from trainers.dropout import dropout_rate
 from trainers.encoders import build_encoder
 from trainers.engine import Engine, Ranks, joined_ranks, prepare_module
 from trainers.failures import TrainingError, known_failures
+from trainers.heap import keep_freed_memory
 from trainers.methods import Facts, build_method
 from trainers.monitors import Monitor
 from trainers.optim import build_optimizer, build_schedule
@@ -159,6 +160,7 @@ def main(
             held.enter_context(status_of(directory, ranks.is_main, REFUSALS))
             if ranks.is_main:
                 before_end(lambda cause, code: end_status(directory, code, cause))
+            keep_freed_memory(recipe.engine, ranks.device)
             held.enter_context(failures_reported(REFUSALS))  # inside status_of: what was lost is told from what failed
             run = build_run(recipe, directory, ranks)
             if remark is not None:

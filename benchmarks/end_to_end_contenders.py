@@ -50,6 +50,7 @@ def ours(data: Path, arch: str, size: int, batch: int, workers: int, loader: str
     from tools.tuning.batch_size import endless
     from train import build_run
     from trainers.engine import joined_ranks
+    from trainers.heap import keep_freed_memory
     from trainers.nonfinite import NonfiniteGuard
 
     folder = Path(tempfile.mkdtemp())
@@ -81,6 +82,7 @@ def ours(data: Path, arch: str, size: int, batch: int, workers: int, loader: str
     held = ExitStack()
     atexit.register(held.close)
     ranks = held.enter_context(joined_ranks(recipe.engine))
+    keep_freed_memory(recipe.engine, ranks.device)
     run = build_run(recipe, folder, ranks, make_encoder(arch, size))
     run.method.train()
     run.log.open(0)

@@ -36,7 +36,7 @@ from trainers.status import LAUNCH
 # What does not change what is trained: left out of the hash, and free to change in an existing run.
 _ASIDE = (
     *("run", "log", "checkpoint", "data.root", "data.url", "data.download"),
-    *("engine.timeout", "engine.start_timeout", "engine.watch_port"),
+    *("engine.timeout", "engine.start_timeout", "engine.watch_port", "engine.keep_memory"),
     *("engine.nonfinite", "engine.skips_in_a_row", "engine.skips"),
     *("data.loader", "data.workers", "data.ahead", "data.os_cache", "data.decode", "data.hw_decoder_load"),
 )

@@ -32,6 +32,7 @@ from tools.profiling.verdict import verdict
 from tools.tuning.batch_size import endless
 from train import build_run
 from trainers.engine import joined_ranks
+from trainers.heap import keep_freed_memory
 from trainers.memory import is_out_of_memory
 from trainers.pretrain import Run
 from trainers.step import train_step
@@ -61,6 +62,7 @@ def main(
         with joined_ranks(recipe.engine) as ranks:
             if ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
+            keep_freed_memory(recipe.engine, ranks.device)
             with tempfile.TemporaryDirectory() as nowhere:
                 run = build_run(recipe, Path(nowhere), ranks, _stub(recipe) if stub else None)
                 with closing(run.loader):

@@ -34,6 +34,7 @@ class EngineConfig(Section):
     batchnorm: Literal["sync", "local"] = "sync"  # local: per rank, running statistics averaged before use
     channels_last: bool = True
     compile: bool = False  # torch.compile encoder and heads together
+    keep_memory: bool = True  # on CPUs what a step frees is kept for the next: faster, and up to half more memory
     # A step whose loss or weights are NaN or infinite. stop: the run ends, its images are listed in RUN/nonfinite.
     # skip: the step is undone and counted, at the price of a copy of the weights and a wait for the device a step.
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -28,6 +28,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory"
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # Of what is free: workspaces of convolutions, fragments, gathered embeddings. A heap of a CPU is in more pieces.
 _MARGIN = {"cpu": 0.25, "cuda": 0.1}
+_MARGIN_KEPT = 0.4  # with engine.keep_memory: what is left of the blocks that were cut
 _LIBRARIES = {"cpu": 128e6, "cuda": 64e6}  # bytes: what threads and libraries take from the first step on
 
 
@@ -79,13 +80,16 @@ def memory_message(error: BaseException, run: Run, before: Room | None) -> str:
     if before is not None:
         with contextlib.suppress(Exception):  # a method that cannot be run without values: it is only not counted
             ways = _ways(run, share, step_need(run), before)
+    if run.engine.ranks.device.type == "cpu" and engine.keep_memory:
+        ways += "; engine.keep_memory=false takes less, and more time"
     return f"{told}. {ways[0].upper()}{ways[1:]}; python -m tools.tune RECIPE --batch-size measures what fits"
 
 
 def _ways(run: Run, share: int, need: Need, room: Room) -> str:
     ranks, accumulation = run.engine.ranks.world_size, run.engine.config.accumulation
     kind = run.engine.ranks.device.type
-    budget = room.free * (1 - _MARGIN[kind]) - _LIBRARIES[kind]
+    kept = kind == "cpu" and run.engine.config.keep_memory
+    budget = room.free * (1 - (_MARGIN_KEPT if kept else _MARGIN[kind])) - _LIBRARIES[kind]
     fits = largest_share(need, budget, share, accumulation)
     if fits == share:
         return "by the size of its tensors this batch should fit: something else took memory, or a smaller one is safer"

@@ -34,6 +34,12 @@ schedule: {warmup_epochs: 1}
 SLOW = 0.25  # seconds: far above a step of this recipe, on a loaded machine as well
 
 
+@pytest.fixture(autouse=True)
+def _allocator_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command sets it for its process, which here is that of the tests."""
+    monkeypatch.setattr("tools.profile.keep_freed_memory", lambda config, device: False)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"

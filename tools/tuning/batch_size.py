@@ -29,6 +29,7 @@ from pipelines.resident import free_bytes
 from pipelines.sources import DataError
 from train import build_run
 from trainers.engine import Ranks, joined_ranks
+from trainers.heap import keep_freed_memory
 from trainers.memory import is_out_of_memory
 from trainers.step import train_step
 
@@ -197,6 +198,7 @@ def make_steps(pipe: Connection, path: Path, overrides: list[str], batch_size: i
                 gpu = alone.device.type == "cuda"
                 name = torch.cuda.get_device_name(alone.device) if gpu else "CPU"
                 free = free_bytes(alone.device)
+                keep_freed_memory(share.engine, alone.device)
                 pipe.send({"device": name, "free": free})
                 pipe.send(_measured(share, path, alone, free))
     except (RecipeError, DataError) as error:
