@@ -121,12 +121,11 @@ def on_device(
         return {"mode": "ablation", "recipe": asdict(recipe), "ablation": rows}
     seeds = range(options.seed, options.seed + options.seeds)
     found: dict[str, Any] = {}
-    for name, recipe in recipes.items():
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
         print(f"\n{name} run")
-        ahead = sum(other.epochs for left, other in recipes.items() if left not in found)
-        share = Budget(time.monotonic() + budget.left * recipe.epochs / ahead)
+        later = list(recipes.values())[number:]
         keep = lambda run, name=name: save({"mode": "timed", "found": found | {name: run}})  # noqa: E731
-        found[name] = timed_runs(data, recipe, device, seeds, options.checks, share, _say, keep)
+        found[name] = timed_runs(data, recipe, device, seeds, options.checks, budget, _say, keep, later)
         for target, row in found[name]["summary"].items():
             print(f"  {target:10s} {_time(row)}")
     return {"mode": "timed", "found": found}

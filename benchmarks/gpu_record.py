@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -43,15 +44,16 @@ class Record:
         draft.write_text(json.dumps(self.found, indent=2) + "\n")
         draft.replace(self.path)
 
-    def in_time(self) -> bool:
-        return time.monotonic() < self.deadline
+    def in_time(self, seconds: float = 0.0) -> bool:
+        """Whether there are as many left."""
+        return time.monotonic() + seconds < self.deadline
 
     def wanted(self, name: str) -> bool:
         return self.match in name
 
-    def attempt(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What ``measure`` returns or, under ``missing``, why it could not: no time, no memory, an error."""
-        if not self.in_time():
+    def attempt(self, measure: Callable[[], dict[str, Any]], *, seconds: float = 0.0) -> dict[str, Any]:
+        """What ``measure`` returns or, under ``missing``, why it could not: less than ``seconds`` left, no memory, …"""
+        if not self.in_time(seconds):
             return {"missing": NO_TIME}
         try:
             return measure()
@@ -64,4 +66,5 @@ class Record:
         finally:
             gc.collect()  # what failed may hold a model
             if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # refused by PyTorch 2.11 for good once a capture has failed
+                    torch.cuda.empty_cache()

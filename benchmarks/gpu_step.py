@@ -119,8 +119,8 @@ class BareStep:
     def parts(self) -> dict[str, Call]:
         """What a step is made of, each alone on what the part before it gave."""
         views = self.views()
-        with torch.no_grad():
-            embeddings = {name: value.detach() for name, value in self.embed(views).items()}
+        # With gradients, though they are not wanted: without, what is compiled would be compiled once more.
+        embeddings = {name: value.detach() for name, value in self.embed(views).items()}
         features = embeddings["features"].flatten(0, 1).requires_grad_()
         z = embeddings["z"].requires_grad_()
         weights = list(self.method.projector.parameters())

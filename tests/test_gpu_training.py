@@ -153,6 +153,7 @@ def test_what_fails_or_finds_no_time_is_a_row(tmp_path: Path) -> None:
     late = record(tmp_path, seconds=0, match="kmeans")
     run_checks(late, CPU, True)
     assert late.attempt(fails) == {"missing": NO_TIME}
+    assert record(tmp_path, seconds=30).attempt(fails, seconds=40) == {"missing": NO_TIME}
     rows = json.loads(late.path.read_text())["checks"]
     assert rows
     assert all(row["missing"] == NO_TIME and "kmeans" in row["check"] for row in rows)
@@ -306,10 +307,34 @@ def test_time_that_a_part_leaves_over_goes_to_those_after_it(tmp_path: Path, mon
     options = gpu.make_parser().parse_args(["--minutes", "7", "--one-process"])
     made = record(tmp_path)
     assert gpu.run_parts(["checks", "kernels", "resnet50"], made, options) == 1
-    weights = {"checks": 1.0, "kernels": 2.0, "resnet50": 2.5}
-    for row, shared in zip(made.found["parts"], (5.5, 4.5, 2.5), strict=True):
+    weights = {"checks": 2.0, "kernels": 2.0, "resnet50": 2.5}
+    for row, shared in zip(made.found["parts"], (6.5, 4.5, 2.5), strict=True):
         assert row["share"] == pytest.approx(420 * weights[row["part"]] / shared, abs=2)
         assert row["problem"].startswith("IndexError")
+
+
+def test_a_speedrun_that_is_killed_leaves_what_it_had_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = record(tmp_path)
+    options = gpu.make_parser().parse_args(["--minutes", "1", "--data", str(tmp_path), "--json", str(made.path)])
+
+    def killed(words: list[str], seconds: float) -> str:
+        gpu.speedrun_file(made).write_text('{"found": {"short": 1}}')
+        return "killed"
+
+    monkeypatch.setattr(gpu, "in_a_child", killed)
+    assert gpu.run_parts(["speedrun"], made, options) == 1
+    found = json.loads(made.path.read_text())
+    assert found["speedrun"] == {"code": None, "found": {"found": {"short": 1}}}
+    assert list(tmp_path.iterdir()) == [made.path]
+
+
+def test_checks_that_found_no_time_are_no_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = gpu.make_parser().parse_args(["--one-process"])
+    for rows, code in (([{"passed": True}, {"missing": NO_TIME}], 0), ([{"passed": True}, {"passed": False}], 1)):
+        made = record(tmp_path)
+        made.put("checks", rows)
+        monkeypatch.setattr(gpu, "run_part", lambda name, made, options: None)
+        assert gpu.run_parts(["checks"], made, options) == code
 
 
 def test_the_engine_is_timed_beside_the_bare_step(tmp_path: Path) -> None:

@@ -41,20 +41,28 @@ def timed_runs(
     budget: Budget,
     report: Report,
     save: Callable[[dict[str, Any]], None] = lambda found: None,
+    later: Sequence[Recipe] = (),
 ) -> dict[str, Any]:
     """A run a seed. Compiling, tuning and capturing come first and are timed apart, as evaluation is.
 
-    ``save`` is given what is known after each seed.
+    ``save`` is given what is known after each seed. ``later``: recipes that are to be run in the same budget.
 
-    If the recipe's epochs do not fit into what is left, there are fewer of them, and the schedule is that of as many.
+    If the recipe's epochs do not fit into its share of what is left once it is prepared, there are fewer of them, and
+    the schedule is that of as many.
     """
     trainer, told = _prepared(data, recipe, device)
+    scores(trainer.encoder, data, device)  # compiles and tunes
     evaluation = Clock(device=device)
     with evaluation.running():
         scores(trainer.encoder, data, device)
     epoch = trainer.seconds_of_an_epoch(Clock(device=device))
     seeds = list(seeds)
-    room = budget.left / len(seeds) / _SPARE - (checks + 1) * evaluation.seconds
+    checking = (checks + 1) * evaluation.seconds
+    wanted, *others = (one.epochs * epoch + checking for one in (recipe, *later))
+    left = budget.left - len(later) * told["prepare_seconds"]
+    share = max(0.0, left * wanted / (wanted + sum(others)))
+    budget = Budget(time.monotonic() + share)
+    room = share / len(seeds) / _SPARE - checking
     trainer.epochs = max(1, min(recipe.epochs, int(room / epoch)))
     report(
         f"prepared in {told['prepare_seconds']:.0f} s; about {epoch:.2f} s an epoch, {trainer.epochs} of"

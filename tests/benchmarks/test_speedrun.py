@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from benchmarks import cifar_speedrun
+from benchmarks.speedrun import timed
 from benchmarks.speedrun.clock import Clock, reached
 from benchmarks.speedrun.compare import Runner, at_equal_accuracy, take_turns
 from benchmarks.speedrun.data import load, stratified
@@ -178,6 +179,34 @@ def test_the_gpu_mode_runs_its_seeds_and_its_ablations_on_a_cpu() -> None:
     assert rows[0]["effect"]["held_knn"] == 0
     spent = ablate(data, TINY, CPU, ["NT-Xent"], 0, Budget(-math.inf), lines.append)
     assert all(row["missing"] == "no time left" for row in spent)
+
+
+def test_what_is_left_once_it_is_prepared_is_shared_by_what_recipes_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """240 epochs of a second are wanted of 120 s: the first 40 get 20 s, a tenth of them in reserve."""
+
+    class Fake:
+        encoder, epochs, made = None, 0, 0
+
+        def seconds_of_an_epoch(self, clock: Clock) -> float:
+            return 1.0
+
+        def reset(self, seed: int) -> None: ...
+
+        def epoch(self) -> float:
+            self.made += 1
+            return 0.0
+
+        @property
+        def done(self) -> bool:
+            return self.made == self.epochs
+
+    monkeypatch.setattr(timed, "_prepared", lambda *_: (Fake(), {"prepare_seconds": 10.0}))
+    monkeypatch.setattr(timed, "scores", lambda *_, **__: {"knn": 1.0, "linear": 1.0})
+    recipe, later = replace(TINY, epochs=40), [replace(TINY, epochs=200)]
+    budget = Budget(time.monotonic() + 130)
+    found = timed_runs(stripes(), recipe, CPU, [0], 2, budget, lambda line: None, later=later)
+    assert found["epochs"] == 18
+    assert not found["runs"][0]["stopped"]
 
 
 def test_every_ablation_is_a_recipe() -> None:
