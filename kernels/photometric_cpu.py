@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 _STRIP = 2048  # numbers of one plane: with three planes and the rows that a blur reaches, 32 KB or so
-_LANES = 16  # float32 numbers in the widest vector register
 
 
 def render(crops: Tensor, packed: Tensor, affine: Tensor, out: Tensor) -> None:
@@ -30,11 +29,11 @@ def render(crops: Tensor, packed: Tensor, affine: Tensor, out: Tensor) -> None:
         packed: [B, 15] float32, of `kernels.photometric.pack`.
         affine: [3, 2] float32: what each channel is multiplied with, and what is added then.
     """
-    bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int16).flatten(2).numpy()
-    none = np.empty((0, 0, 0), np.uint32)
-    wide, narrow = (
-        (bits.view(np.uint32), none.astype(np.uint16)) if bits.itemsize == 4 else (none, bits.view(np.uint16))
-    )
+    rows = out.flatten(2)
+    if out.dtype == torch.float32:
+        wide, narrow = rows.numpy(), np.empty((0, 0, 0), np.uint16)
+    else:
+        wide, narrow = np.empty((0, 0, 0), np.float32), rows.view(torch.int16).numpy().view(np.uint16)
     half = out.dtype == torch.float16
     margin = int(packed[:, 14].max())
     inputs = (crops.flatten(2).numpy(), packed.numpy(), affine.numpy())
@@ -72,24 +71,25 @@ _part = _compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_part
-def _load(source: Any, flip: bool, planes: Any, start: int, stride: int, first: int, last: int, spare: Any) -> None:
-    """source [H, 3 * W] uint8 -> planes [3, :] in [0, 1], pixel (y, x) at start + y * stride + x; spare [3, W]."""
+def _load(source: Any, flip: bool, planes: Any, start: int, stride: int, first: int, last: int) -> None:
+    """source [H, 3 * W] uint8 -> planes [3, :] in [0, 1], pixel (y, x) at start + y * stride + x."""
     width = source.shape[1] // 3
     unit = np.float32(1 / 255)
     for y in range(first, last):
         pixels, at = source[y], start + y * stride
         red, green, blue = planes[0, at : at + width], planes[1, at : at + width], planes[2, at : at + width]
         if flip:
-            red, green, blue = spare[0], spare[1], spare[2]
-        for x in range(width):
-            red[x] = np.float32(pixels[3 * x]) * unit
-            green[x] = np.float32(pixels[3 * x + 1]) * unit
-            blue[x] = np.float32(pixels[3 * x + 2]) * unit
+            for x in range(width):
+                mirrored = np.uintp(3 * (width - 1 - x))  # unsigned: no check for negative indices
+                red[x] = np.float32(pixels[mirrored]) * unit
+                green[x] = np.float32(pixels[mirrored + np.uintp(1)]) * unit
+                blue[x] = np.float32(pixels[mirrored + np.uintp(2)]) * unit
+        else:
+            for x in range(width):
+                red[x] = np.float32(pixels[3 * x]) * unit
+                green[x] = np.float32(pixels[3 * x + 1]) * unit
+                blue[x] = np.float32(pixels[3 * x + 2]) * unit
         for c in range(3):
-            if flip:
-                row, mirrored = planes[c, at : at + width], spare[c]
-                for x in range(width):
-                    row[np.uintp(width - 1 - x)] = mirrored[x]  # unsigned: no check for negative indices
             # What the sample before left here may be denormal, which is slow.
             for x in range(at + width, at + stride):
                 planes[c, x] = 0
@@ -227,6 +227,24 @@ def _finish(planes: Any, first: int, last: int, threshold: float, affine: Any) -
 
 
 @_part
+def _finish_wide(
+    target: Any, planes: Any, start: int, stride: int, first: int, last: int, threshold: float, affine: Any
+) -> None:
+    """The same of planes [3, :], row `first` from `start` on, to rows of target [H, 3 * W] float32, in one pass."""
+    width, one = target.shape[1] // 3, np.float32(1)
+    u, v, w = affine[0, 0], affine[1, 0], affine[2, 0]
+    i, j, k = affine[0, 1], affine[1, 1], affine[2, 1]
+    for y in range(first, last):
+        row, at = target[y], start + (y - first) * stride
+        red, green, blue = planes[0, at : at + width], planes[1, at : at + width], planes[2, at : at + width]
+        for x in range(width):
+            r, g, b = red[x], green[x], blue[x]
+            row[3 * x] = (one - r if r >= threshold else r) * u + i
+            row[3 * x + 1] = (one - g if g >= threshold else g) * v + j
+            row[3 * x + 2] = (one - b if b >= threshold else b) * w + k
+
+
+@_part
 def _to_bfloat16(bits: Any, first: int, last: int) -> None:
     """Each number becomes the bits of the nearest bfloat16, ties to even."""
     for c in range(3):
@@ -277,7 +295,7 @@ def _samples(
     planes = np.zeros((3, 2 * margin + height * stride), np.float32)
     blurred = np.zeros((3, (height + 2 * margin) * stride if margin else 0), np.float32)
     strip = np.zeros((3, margin + rows * stride if margin else 0), np.float32)
-    spare, taps = np.zeros((3, width), np.float32), np.zeros(margin + 3, np.float32)
+    taps = np.zeros(margin + 3, np.float32)
     for b in range(begin, end):
         flip, before, radius = packed[b, 0] > 0, int(packed[b, 1]), int(packed[b, 14])
         for c in range(3):
@@ -287,7 +305,7 @@ def _samples(
         for first in range(0, height, rows):
             last = min(first + rows, height)
             i, j = margin + first * stride, margin + last * stride
-            _load(crops[b], flip, planes, 2 * margin, stride, first, last, spare)
+            _load(crops[b], flip, planes, 2 * margin, stride, first, last)
             for step in range(before):
                 _adjust(packed[b, 2 + step], packed[b, 7 + step], np.float32(0), planes, i, j)
             if before < 5:
@@ -313,11 +331,11 @@ def _samples(
             if radius:
                 result, i, j = strip, margin, margin + (last - first) * stride
                 _fold(strip, i, j, blurred, (margin + first) * stride, stride, taps, radius)
-            _finish(result, i, j, packed[b, 12], affine)
-            bits = result.view(np.uint32)
             if len(wide):
-                _interleave(wide[b], bits, i + margin, stride, first, last)
+                _finish_wide(wide[b], result, i + margin, stride, first, last, packed[b, 12], affine)
             else:
+                _finish(result, i, j, packed[b, 12], affine)
+                bits = result.view(np.uint32)
                 if half:
                     _to_float16(result, bits, i, j)
                 else:
