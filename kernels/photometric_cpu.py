@@ -29,11 +29,11 @@ def render(crops: Tensor, packed: Tensor, affine: Tensor, out: Tensor) -> None:
         packed: [B, 15] float32, of `kernels.photometric.pack`.
         affine: [3, 2] float32: what each channel is multiplied with, and what is added then.
     """
-    rows = out.flatten(2)
-    if out.dtype == torch.float32:
-        wide, narrow = rows.numpy(), np.empty((0, 0, 0), np.uint16)
-    else:
-        wide, narrow = np.empty((0, 0, 0), np.float32), rows.view(torch.int16).numpy().view(np.uint16)
+    bits = out.view(torch.int32 if out.dtype == torch.float32 else torch.int16).flatten(2).numpy()
+    none = np.empty((0, 0, 0), np.uint32)
+    wide, narrow = (
+        (bits.view(np.uint32), none.astype(np.uint16)) if bits.itemsize == 4 else (none, bits.view(np.uint16))
+    )
     half = out.dtype == torch.float16
     margin = int(packed[:, 14].max())
     inputs = (crops.flatten(2).numpy(), packed.numpy(), affine.numpy())
@@ -227,24 +227,6 @@ def _finish(planes: Any, first: int, last: int, threshold: float, affine: Any) -
 
 
 @_part
-def _finish_wide(
-    target: Any, planes: Any, start: int, stride: int, first: int, last: int, threshold: float, affine: Any
-) -> None:
-    """The same of planes [3, :], row `first` from `start` on, to rows of target [H, 3 * W] float32, in one pass."""
-    width, one = target.shape[1] // 3, np.float32(1)
-    u, v, w = affine[0, 0], affine[1, 0], affine[2, 0]
-    i, j, k = affine[0, 1], affine[1, 1], affine[2, 1]
-    for y in range(first, last):
-        row, at = target[y], start + (y - first) * stride
-        red, green, blue = planes[0, at : at + width], planes[1, at : at + width], planes[2, at : at + width]
-        for x in range(width):
-            r, g, b = red[x], green[x], blue[x]
-            row[3 * x] = (one - r if r >= threshold else r) * u + i
-            row[3 * x + 1] = (one - g if g >= threshold else g) * v + j
-            row[3 * x + 2] = (one - b if b >= threshold else b) * w + k
-
-
-@_part
 def _to_bfloat16(bits: Any, first: int, last: int) -> None:
     """Each number becomes the bits of the nearest bfloat16, ties to even."""
     for c in range(3):
@@ -331,11 +313,11 @@ def _samples(
             if radius:
                 result, i, j = strip, margin, margin + (last - first) * stride
                 _fold(strip, i, j, blurred, (margin + first) * stride, stride, taps, radius)
+            _finish(result, i, j, packed[b, 12], affine)
+            bits = result.view(np.uint32)
             if len(wide):
-                _finish_wide(wide[b], result, i + margin, stride, first, last, packed[b, 12], affine)
+                _interleave(wide[b], bits, i + margin, stride, first, last)
             else:
-                _finish(result, i, j, packed[b, 12], affine)
-                bits = result.view(np.uint32)
                 if half:
                     _to_float16(result, bits, i, j)
                 else:

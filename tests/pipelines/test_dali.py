@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -143,6 +144,9 @@ def test_an_epoch_begins_anywhere_and_ends_anywhere(small: Source, make: Make) -
         steps = loader.epoch(2, first)
         assert torch.equal(next(steps)[0].views, whole[first].views)
         steps.close()
+    patience = time.monotonic() + 10  # a thread that was told to end takes a moment
+    while threading.active_count() > threads and time.monotonic() < patience:
+        time.sleep(0.01)
     assert threading.active_count() <= threads
     assert list(loader.epoch(2, 13)) == []
     # Two that are read in turns: an evaluation in mid-epoch.
